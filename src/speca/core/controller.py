@@ -1,0 +1,158 @@
+"""Controllers: who runs in full, who drafts, which drafts are accepted. Pure Python on numbers, no torch.
+
+One `Trajectory` is what a controller knows of one sample in one branch. Controllers keep nothing themselves, so a
+sample's decisions cannot depend on its batch-mates; only `ReleasedController` looks across the batch, as published.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..config import SpecaConfig
+from ..errors import ConfigError, nearest
+
+
+class Plan(enum.Enum):
+    """What a sample does at a step, before any verdict."""
+
+    FULL = "full"
+    CHECKED = "checked"  # draft, verified by the real verify block
+    UNCHECKED = "unchecked"  # draft, taken as it is; the verify block does not run
+
+
+FULL, ACCEPTED, REJECTED = "F", "A", "R"
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """The record of one sample in one branch. The speculator fills it; controllers read it.
+
+    Attributes:
+        sample: index of the image this belongs to.
+        rows: rows of the batch it occupies; two when the pipeline stacks cond and uncond in one call.
+        step, total: current step index, counted from 0, and number of steps.
+        fulls: full steps so far, rejected ones included.
+        streak: drafts since the last full step.
+        error: error of the last verified draft, None before the first.
+        anchors: positions of kept full steps, newest first.
+        decisions: one letter a step: F full, A accepted, R rejected and recomputed.
+        errors: verification error of each step, None where nothing was verified.
+    """
+
+    sample: int
+    rows: tuple[int, ...]
+    step: int = 0
+    total: int = 1
+    fulls: int = 0
+    streak: int = 0
+    error: float | None = None
+    anchors: list[float] = field(default_factory=list)
+    decisions: list[str] = field(default_factory=list)
+    errors: list[float | None] = field(default_factory=list)
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps already done, from 0 up to but excluding 1: the paper's (T - t) / T."""
+        return self.step / self.total
+
+    def note(self, letter: str, error: float | None = None) -> None:
+        """Write down what happened at the current step."""
+        self.decisions.append(letter)
+        self.errors.append(error)
+        if letter == ACCEPTED:
+            self.streak += 1
+        else:
+            self.fulls += 1
+            self.streak = 0
+
+
+class Controller(ABC):
+    """Plans each step of each sample and judges its drafts."""
+
+    def __init__(self, config: SpecaConfig) -> None:
+        self.config = config
+
+    def threshold(self, trajectory: Trajectory) -> float:
+        """`tau_t = tau_0 * beta ** ((T - t) / T)`, SpeCa's schedule: loose at the noisy start, tight at the end."""
+        c = self.config
+        return max(c.threshold * c.threshold_decay**trajectory.progress, c.threshold_floor)
+
+    @abstractmethod
+    def plan(self, trajectory: Trajectory) -> Plan:
+        """What this sample does at its current step."""
+
+    def accept(self, trajectories: Sequence[Trajectory], errors: Sequence[float]) -> list[bool]:
+        """Verdict on each checked draft: accept while `e <= tau`. NaN is never accepted, nor anything at tau 0."""
+        return [0 < (tau := self.threshold(t)) and e <= tau for t, e in zip(trajectories, errors, strict=True)]
+
+    def _must_be_full(self, trajectory: Trajectory) -> bool:
+        c = self.config
+        return (
+            trajectory.fulls < c.warmup
+            or trajectory.step >= trajectory.total - c.final
+            or trajectory.streak >= c.max_draft
+        )
+
+
+class SpecaController(Controller):
+    """The paper's rule, per sample: verify each draft, recompute a rejected one at that very step."""
+
+    def plan(self, trajectory: Trajectory) -> Plan:
+        if self._must_be_full(trajectory):
+            return Plan.FULL
+        if self.config.verify and trajectory.streak >= self.config.min_draft:
+            return Plan.CHECKED
+        return Plan.UNCHECKED if self.threshold(trajectory) > 0 else Plan.FULL
+
+
+class IntervalController(Controller):
+    """Full every `max_draft + 1` steps after the warm-up, drafts never verified (FORA, TaylorSeer)."""
+
+    def plan(self, trajectory: Trajectory) -> Plan:
+        return Plan.FULL if self._must_be_full(trajectory) else Plan.UNCHECKED
+
+
+class ReleasedController(Controller):
+    """The state machine of the authors' released code, which never rejects. For comparison only.
+
+    The step after a full one is always a draft, even inside the warm-up; a draft whose error, averaged over the whole
+    batch, exceeds the threshold is kept all the same and only makes the *next* step full.
+    """
+
+    def plan(self, trajectory: Trajectory) -> Plan:
+        c, t = self.config, trajectory
+        after_full = t.streak == 0
+        if t.fulls == 0:
+            return Plan.FULL
+        if not after_full:
+            late = t.streak >= c.min_draft and t.error is not None and t.error > self.threshold(t)
+            if t.step < c.warmup or t.streak >= c.max_draft or late:
+                return Plan.FULL
+        return Plan.CHECKED if t.streak >= c.min_draft else Plan.UNCHECKED
+
+    def accept(self, trajectories: Sequence[Trajectory], errors: Sequence[float]) -> list[bool]:
+        mean = sum(errors) / len(errors)
+        for trajectory in trajectories:
+            trajectory.error = mean
+        return [True] * len(errors)
+
+
+CONTROLLERS: dict[str, type[Controller]] = {
+    "speca": SpecaController,
+    "interval": IntervalController,
+    "released": ReleasedController,
+}
+
+
+def controller(config: SpecaConfig) -> Controller:
+    """The controller named by `config.controller`.
+
+    Raises:
+        ConfigError: no such controller; the nearest valid name is given.
+    """
+    if config.controller not in CONTROLLERS:
+        raise ConfigError(f"unknown controller {config.controller!r}; {nearest(config.controller, CONTROLLERS)}")
+    return CONTROLLERS[config.controller](config)

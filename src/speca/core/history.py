@@ -1,0 +1,99 @@
+"""Per-row store of kept full steps: push, forecast, gather, bytes. Shapes: K anchors, B rows, n selected rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class History:
+    """The newest `depth` anchors of each row, for a fixed number of feature streams.
+
+    Every row has its own ring, so rows may have been full at different steps. Features come rows first, `(n, ...)`;
+    buffers are allocated at the first push and freed with the object. Weighted sums are accumulated in fp32.
+    """
+
+    def __init__(self, depth: int, rows: int, dtype: torch.dtype | None = None) -> None:
+        """`dtype` is the storage type; None keeps the dtype the features come in."""
+        self.depth, self.rows, self.dtype = depth, rows, dtype
+        self.pushes = [0] * rows
+        self._buffers: list[list[Tensor]] = []  # stream, slot -> (B, ...)
+        self._given: list[torch.dtype] = []
+
+    def push(self, rows: Sequence[int], features: Sequence[Tensor]) -> None:
+        """Keep `features`, one tensor (n, ...) per stream, as the newest anchor of `rows`; the oldest one goes."""
+        if not self._buffers:
+            self._given = [f.dtype for f in features]
+            self._buffers = [
+                [f.new_zeros((self.rows, *f.shape[1:]), dtype=self.dtype) for _ in range(self.depth)] for f in features
+            ]
+        for slot in range(self.depth):
+            at = [i for i, row in enumerate(rows) if self.pushes[row] % self.depth == slot]
+            if not at:
+                continue
+            for buffer, feature in zip(self._buffers, features, strict=True):
+                if len(at) == self.rows:
+                    buffer[slot].copy_(feature)
+                else:
+                    index = torch.tensor([rows[i] for i in at], device=feature.device)
+                    part = feature if len(at) == len(rows) else feature[torch.tensor(at, device=feature.device)]
+                    buffer[slot].index_copy_(0, index, part.to(buffer[slot].dtype))
+        for row in rows:
+            self.pushes[row] += 1
+
+    def count(self, row: int) -> int:
+        """How many anchors `row` has, at most `depth`."""
+        return min(self.pushes[row], self.depth)
+
+    def forecast(self, rows: Sequence[int], weights: Tensor) -> list[Tensor]:
+        """The weighted sums (n, ...), one per stream, for weights (n, K) newest anchor first.
+
+        Raises:
+            IndexError: a row has no anchor yet.
+        """
+        if any(self.pushes[row] == 0 for row in rows):
+            raise IndexError("a row without an anchor cannot be forecast; its first step must be full")
+        newest = torch.tensor([self.pushes[row] - 1 for row in rows])
+        slots = (newest.unsqueeze(1) - torch.arange(weights.shape[1])) % self.depth
+        by_slot = torch.zeros(len(rows), self.depth, dtype=weights.dtype).scatter_(1, slots, weights)
+        used = [k for k in range(self.depth) if bool(by_slot[:, k].any())]
+        device = self._buffers[0][0].device
+        scale = by_slot.to(device, torch.float32)
+        index = None if list(rows) == list(range(self.rows)) else torch.tensor(rows, device=device)
+        out = []
+        for buffer, dtype in zip(self._buffers, self._given, strict=True):
+            total: Tensor | None = None
+            for k in used:
+                anchor = buffer[k] if index is None else buffer[k].index_select(0, index)
+                w = scale[:, k].view(-1, *[1] * (anchor.dim() - 1))
+                total = anchor * w if total is None else total.addcmul_(anchor.float(), w)
+            out.append(torch.as_tensor(total).to(dtype))
+        return out
+
+    def gather(self, rows: Sequence[int]) -> History:
+        """A copy that holds only `rows`, in that order."""
+        part = History(self.depth, len(rows), self.dtype)
+        part.pushes, part._given = [self.pushes[row] for row in rows], list(self._given)
+        part._buffers = [[slot[torch.tensor(rows, device=slot.device)] for slot in buffer] for buffer in self._buffers]
+        return part
+
+    def scatter(self, rows: Sequence[int], part: History) -> None:
+        """Write `part`, whose row i becomes row `rows[i]`, into this history."""
+        for i, row in enumerate(rows):
+            self.pushes[row] = part.pushes[i]
+        if not part._buffers:
+            return
+        if not self._buffers:
+            self._given = list(part._given)
+            self._buffers = [
+                [s.new_zeros((self.rows, *s.shape[1:])) for s in buffer] for buffer in part._buffers
+            ]
+        for mine, theirs in zip(self._buffers, part._buffers, strict=True):
+            for slot, source in zip(mine, theirs, strict=True):
+                slot[torch.tensor(rows, device=slot.device)] = source
+
+    def bytes(self) -> int:
+        """Bytes held, all rows and streams together."""
+        return sum(slot.numel() * slot.element_size() for buffer in self._buffers for slot in buffer)

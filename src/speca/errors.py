@@ -1,0 +1,34 @@
+"""The errors a user can meet. Each message says what was given, where, and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpecaError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class ConfigError(SpecaError, ValueError):
+    """A setting is unknown or out of range."""
+
+
+class InputError(SpecaError, ValueError):
+    """An argument that is no setting is wrong: a model name, a label, a folder."""
+
+
+class UnsupportedModelError(SpecaError, TypeError):
+    """The object has no diffusion transformer that can be accelerated."""
+
+
+class NotEnabledError(SpecaError, LookupError):
+    """A report was asked of an object that is not enabled, or has not run yet."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A phrase that names the valid name closest to `name` and lists all of them."""
+    names = list(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Valid: {', '.join(names)}."

@@ -1,0 +1,160 @@
+"""What a run cost and saved: per-sample trace, totals, JSON, picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .core.controller import ACCEPTED, FULL, REJECTED, Trajectory
+
+COST = {ACCEPTED: 0, FULL: 1, REJECTED: 2}
+COLOURS = {FULL: "#1f3b57", ACCEPTED: "#8fd0a5", REJECTED: "#d8573c"}
+MEANING = {FULL: "full", ACCEPTED: "draft accepted", REJECTED: "draft rejected, recomputed"}
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """One image: a letter per step (F full, A accepted, R rejected and recomputed), counts, errors of checked drafts.
+
+    Where an image takes several calls a step (cond and uncond), a step counts as the costliest of them.
+    """
+
+    index: int
+    decisions: str
+    errors: tuple[float | None, ...]
+
+    @property
+    def full(self) -> int:
+        """Steps planned in full."""
+        return self.decisions.count(FULL)
+
+    @property
+    def accepted(self) -> int:
+        """Steps that were forecast."""
+        return self.decisions.count(ACCEPTED)
+
+    @property
+    def rejected(self) -> int:
+        """Steps whose forecast was rejected and which were computed in full."""
+        return self.decisions.count(REJECTED)
+
+    @property
+    def worst_error(self) -> float | None:
+        """Largest verification error among accepted drafts, None if none was verified."""
+        kept = [e for e, d in zip(self.errors, self.decisions, strict=True) if e is not None and d == ACCEPTED]
+        return max(kept, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dict(
+            index=self.index, full=self.full, accepted=self.accepted, rejected=self.rejected,
+            worst_error=self.worst_error, decisions=self.decisions,
+        )  # fmt: skip
+
+    @classmethod
+    def merge(cls, index: int, trajectories: Sequence[Trajectory]) -> SampleReport:
+        """The report of one image from its records in all branches."""
+        length = max(len(t.decisions) for t in trajectories)
+        decisions, errors = [], []
+        for i in range(length):
+            here = [t for t in trajectories if i < len(t.decisions)]
+            decisions.append(max((t.decisions[i] for t in here), key=COST.__getitem__))
+            measured = [e for t in here if (e := t.errors[i]) is not None]
+            errors.append(max(measured, default=None))
+        return cls(index, "".join(decisions), tuple(errors))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the last run of a pipeline or transformer cost and saved.
+
+    Attributes:
+        model: class of the transformer.
+        config: the settings used, as plain values.
+        steps: denoising steps.
+        samples: one report per image.
+        flops, flops_full: of the transformer, by PyTorch's counter (multiply and add counted as two), verification,
+            rejected drafts and the one-time self-test included; and of the same run without acceleration.
+        seconds: spent in transformer calls; seconds_full: the same without acceleration, estimated from the steps of
+            this run in which every row was full. Measure with `speca generate --compare` for a true figure.
+        bytes_per_sample: features held per image while running.
+        host_reads: device-to-host reads made to decide.
+        notes: what else the user should know, for instance why a model ran plainly.
+    """
+
+    model: str
+    config: dict[str, Any]
+    steps: int
+    samples: tuple[SampleReport, ...]
+    flops: float
+    flops_full: float
+    seconds: float
+    seconds_full: float | None
+    bytes_per_sample: int
+    host_reads: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def flops_speedup(self) -> float:
+        """FLOPs without acceleration over FLOPs spent; 1.0 where nothing was counted."""
+        return self.flops_full / self.flops if self.flops else 1.0
+
+    @property
+    def wall_speedup(self) -> float | None:
+        """Estimated seconds without acceleration over seconds spent."""
+        return self.seconds_full / self.seconds if self.seconds_full and self.seconds else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `samples` holds one dictionary per image."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["samples"] = [s.to_dict() for s in self.samples]
+        values["notes"] = list(self.notes)
+        return {**values, "flops_speedup": self.flops_speedup, "wall_speedup_estimate": self.wall_speedup}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON text, also written to `path` if given."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    def __str__(self) -> str:
+        wall = f"about {self.wall_speedup:.2f}x in time, " if self.wall_speedup else ""
+        lines = [
+            f"{self.model}: {self.steps} steps, {len(self.samples)} samples",
+            f"  {self.flops_speedup:.2f}x fewer FLOPs ({self.flops / 1e9:.2f} of {self.flops_full / 1e9:.2f} GFLOPs), "
+            f"{wall}{self.bytes_per_sample / 2**20:.2f} MiB kept per sample",
+            "  sample  full  accepted  rejected  worst error",
+        ]
+        for s in self.samples:
+            worst = "-" if s.worst_error is None else f"{s.worst_error:.4f}"
+            lines.append(f"  {s.index:6d}  {s.full:4d}  {s.accepted:8d}  {s.rejected:8d}  {worst:>11}")
+        return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
+
+    def plot(self, path: str | Path) -> None:
+        """Write a picture of which steps of which sample were full, accepted and rejected (PNG, SVG or PDF)."""
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch, Rectangle
+
+        rows = len(self.samples)
+        steps = max((len(s.decisions) for s in self.samples), default=1)
+        figure = Figure(figsize=(max(7.0, 0.17 * steps + 3), max(2.4, 0.26 * rows + 1.7)), layout="constrained")
+        axes = figure.subplots()
+        for y, sample in enumerate(self.samples):
+            for x, letter in enumerate(sample.decisions):
+                axes.add_patch(Rectangle((x + 0.04, y - 0.42), 0.92, 0.84, color=COLOURS[letter], linewidth=0))
+            axes.text(steps + 0.4, y, f"{sample.full + sample.rejected}", va="center", fontsize=8)
+        axes.set(
+            xlim=(0, steps + 2.5), ylim=(rows - 0.4, -0.8), xlabel="denoising step", ylabel="sample",
+            yticks=range(rows), yticklabels=[str(s.index) for s in self.samples],
+        )  # fmt: skip
+        axes.text(steps + 0.4, -0.75, "computed", fontsize=7, va="bottom", ha="center")
+        axes.set_title(f"{self.model}: {self.flops_speedup:.2f}x fewer FLOPs over {self.steps} steps", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        handles = [Patch(color=COLOURS[k], label=MEANING[k]) for k in (FULL, ACCEPTED, REJECTED)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        figure.savefig(path, dpi=130)

@@ -1,0 +1,261 @@
+"""One transformer call over rows: plan, draft, verify, redo, record.
+
+The lock-step hook of `pipeline.py` calls it; it knows neither pipelines nor schedulers. Rows of one call may do
+different things: at most three forwards are run (checked drafts, unchecked drafts, full), each on its own rows, and
+their outputs are put together again. Shapes: B rows of the call, n rows of a part, K anchors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import SpecaConfig
+from .core.controller import ACCEPTED, FULL, REJECTED, Plan, Trajectory, controller
+from .core.forecast import forecaster
+from .core.history import History
+from .core.verify import error_function
+from .model import rows as rowwise
+from .model.calls import Position
+from .model.gate import Features, Gate, Mode
+from .model.probe import Discovery, Forward
+
+
+@dataclass
+class Spent:
+    """What the calls so far have cost. FLOPs are PyTorch's count per row times rows, seconds are of the transformer."""
+
+    flops: float = 0.0
+    flops_full: float = 0.0
+    seconds: float = 0.0
+    host_reads: int = 0
+    full_rates: list[float] = field(default_factory=list)  # seconds a row of calls in which every row was full
+
+    def add_probe(self, finding: Discovery, rows: int, seconds: float) -> None:
+        """The first call of a model: one full step, and the passes of the self-test."""
+        full, checked, unchecked = (
+            f or 0.0 for f in (finding.flops_full, finding.flops_checked, finding.flops_unchecked)
+        )
+        self.flops += (rows + 1) * full + rows * (2 * checked + unchecked)
+        self.flops_full += rows * full
+        self.seconds += seconds
+
+
+@dataclass
+class Branch:
+    """One branch of a batch of trajectories, for instance "cond": their records and their features."""
+
+    rows: int
+    trajectories: list[Trajectory]
+    history: History | None = None
+    layouts: tuple[rowwise.Layout, ...] = ()
+    bytes: int = 0
+
+    @classmethod
+    def begin(cls, rows: int, per_sample: int) -> Branch:
+        """A new batch of `rows` rows; with `per_sample` 2, row i and row i + B/2 are one image's cond and uncond."""
+        samples = rows // per_sample
+        return cls(rows, [Trajectory(i, tuple(range(i, rows, samples))) for i in range(samples)])
+
+    def untie(self) -> None:
+        """Give every row a record of its own: what looked like cond and uncond of one image are different images."""
+        tied = {row: t for t in self.trajectories for row in t.rows}
+        self.trajectories = [
+            dataclasses.replace(
+                tied[row], sample=row, rows=(row,), anchors=list(tied[row].anchors),
+                decisions=list(tied[row].decisions), errors=list(tied[row].errors),
+            )
+            for row in range(self.rows)
+        ]  # fmt: skip
+
+    @property
+    def tied(self) -> bool:
+        """Whether any image occupies several rows."""
+        return any(len(t.rows) > 1 for t in self.trajectories)
+
+
+class Speculator:
+    """Plays calls of one gated transformer."""
+
+    def __init__(self, config: SpecaConfig, gate: Gate) -> None:
+        self.config, self.gate = config, gate
+        self.controller = controller(config)
+        self.forecast = forecaster(config.forecaster)
+        self.error = error_function(config.error)
+        dtypes = {"model": None, **{n: getattr(torch, n) for n in ("float32", "bfloat16", "float16")}}
+        self.history_dtype: torch.dtype | None = dtypes[config.history_dtype]
+        self.spent = Spent()
+
+    def play(
+        self,
+        branch: Branch,
+        position: Position,
+        forward: Forward,
+        arguments: dict[str, Any],
+        finding: Discovery,
+    ) -> Any:
+        """Answer one call of the model.
+
+        Args:
+            branch: the records of the B rows of this call; updated.
+            position: where this step stands.
+            forward: the model's original forward.
+            arguments: its arguments by name.
+            finding: what the probe found of the model.
+        """
+        began = time.perf_counter()
+        for trajectory in branch.trajectories:
+            trajectory.step, trajectory.total = position.index, position.total
+        plans: dict[Plan, list[Trajectory]] = {plan: [] for plan in Plan}
+        for trajectory in branch.trajectories:
+            plans[self.controller.plan(trajectory)].append(trajectory)
+        parts: list[tuple[list[int], Any]] = []
+        rejected: list[Trajectory] = []
+        if plans[Plan.CHECKED]:
+            parts, rejected = self._check(branch, plans[Plan.CHECKED], position, forward, arguments, finding)
+        if plans[Plan.UNCHECKED]:
+            drafted = plans[Plan.UNCHECKED]
+            parts.append((_rows(drafted), self._draft(branch, drafted, Mode.UNCHECKED, position, forward, arguments)[0]))
+            for trajectory in drafted:
+                trajectory.note(ACCEPTED)
+        full = plans[Plan.FULL] + rejected
+        if full:
+            parts.append(self._full(branch, full, position, forward, arguments))
+            for trajectory in plans[Plan.FULL]:
+                trajectory.note(FULL)
+        self._account(plans, full, finding, branch.rows, time.perf_counter() - began)
+        if position.index == position.total - 1:
+            branch.history = None  # nothing is forecast from the last step
+        return rowwise.merge(parts, branch.rows)
+
+    def record(self, branch: Branch, trajectories: Sequence[Trajectory], position: Position, features: Features) -> None:
+        """Keep the features of a full pass over the rows of `trajectories` as their newest anchor."""
+        rows = _rows(trajectories)
+        streams = [*features.state, *features.outputs]
+        if branch.history is None:
+            branch.history = History(self.config.anchors, branch.rows, self.history_dtype)
+            branch.layouts = tuple(rowwise.layout(s, len(rows)) for s in streams)
+        first = [rowwise.rows_first(s, len(rows), k) for s, k in zip(streams, branch.layouts, strict=True)]
+        branch.history.push(rows, first)
+        branch.bytes = max(branch.bytes, branch.history.bytes())
+        for trajectory in trajectories:
+            trajectory.anchors = [self._where(position), *trajectory.anchors][: self.config.anchors]
+
+    def _full(
+        self, branch: Branch, trajectories: list[Trajectory], position: Position, forward: Forward, arguments: dict[str, Any]
+    ) -> tuple[list[int], Any]:
+        trajectories.sort(key=lambda t: t.sample)
+        rows = _rows(trajectories)
+        with self._gated(Mode.FULL):
+            out = forward(**rowwise.select(arguments, rows, branch.rows))
+            if self.gate.features is not None:
+                self.record(branch, trajectories, position, self.gate.features)
+        return rows, out
+
+    def _draft(
+        self,
+        branch: Branch,
+        trajectories: list[Trajectory],
+        mode: Mode,
+        position: Position,
+        forward: Forward,
+        arguments: dict[str, Any],
+    ) -> tuple[Any, Features, Features]:
+        """The output of a draft, with the forecast it used and the features the verify block gave (rows first)."""
+        assert branch.history is not None
+        rows, count = _rows(trajectories), len(self.gate.state)
+        by_row = {row: t for t in trajectories for row in t.rows}
+        weights = self._weights([by_row[row] for row in rows], position)
+        streams = branch.history.forecast(rows, weights)
+        given = [rowwise.as_given(s, k) for s, k in zip(streams, branch.layouts, strict=True)]
+        with self._gated(mode):
+            self.gate.forecast = Features(given[:count], given[count:])
+            out = forward(**rowwise.select(arguments, rows, branch.rows))
+            real = self.gate.features or Features([], [])
+        return out, Features(streams[:count], streams[count:]), real
+
+    def _check(
+        self,
+        branch: Branch,
+        trajectories: list[Trajectory],
+        position: Position,
+        forward: Forward,
+        arguments: dict[str, Any],
+        finding: Discovery,
+    ) -> tuple[list[tuple[list[int], Any]], list[Trajectory]]:
+        """Draft, verify and judge; returns the output of the accepted rows and the rejected trajectories."""
+        out, forecast, real = self._draft(branch, trajectories, Mode.CHECKED, position, forward, arguments)
+        rows = _rows(trajectories)
+        main = finding.main
+        kind = branch.layouts[len(self.gate.state) + main]
+        errors = self.error(forecast.outputs[main], rowwise.rows_first(real.outputs[main], len(rows), kind))
+        by_row = dict(zip(rows, self._read(errors), strict=True))
+        # An image's cond and uncond share one verdict: guidance would amplify the gap between a full and a draft one.
+        worst = [_worst([by_row[row] for row in t.rows]) for t in trajectories]
+        verdicts = self.controller.accept(trajectories, worst)
+        rejected = []
+        for trajectory, error, accepted in zip(trajectories, worst, verdicts, strict=True):
+            if self.config.controller != "released":
+                trajectory.error = error
+            trajectory.note(ACCEPTED if accepted else REJECTED, error)
+            if not accepted:
+                rejected.append(trajectory)
+        return ([] if len(rejected) == len(trajectories) else [(rows, out)]), rejected
+
+    def _weights(self, trajectories: Sequence[Trajectory], position: Position) -> Tensor:
+        """Forecast weights (n, K), newest anchor first, from each row's own anchors."""
+        kept = self.config.anchors
+        # Missing anchors are given distinct far positions, so that no gap is zero; their weights are zero.
+        padded = [[*t.anchors, *(1e6 * (j + 1) for j in range(len(t.anchors), kept))] for t in trajectories]
+        positions = torch.tensor(padded, dtype=torch.float64)
+        count = torch.tensor([len(t.anchors) for t in trajectories])
+        target = torch.full((len(trajectories),), self._where(position), dtype=torch.float64)
+        return self.forecast(positions, count, target, self.config.order)
+
+    def _where(self, position: Position) -> float:
+        return position.noise if self.config.axis == "noise" else float(position.index)
+
+    def _read(self, errors: Tensor) -> list[float]:
+        """The one device-to-host read of a draft call."""
+        self.spent.host_reads += 1
+        return [float(e) for e in errors.tolist()]
+
+    def _account(
+        self, plans: dict[Plan, list[Trajectory]], full: list[Trajectory], finding: Discovery, rows: int, seconds: float
+    ) -> None:
+        spent = self.spent
+        spent.seconds += seconds
+        costs = (
+            (plans[Plan.CHECKED], finding.flops_checked),
+            (plans[Plan.UNCHECKED], finding.flops_unchecked),
+            (full, finding.flops_full),
+        )
+        spent.flops += sum(len(_rows(t)) * (flops or 0.0) for t, flops in costs)
+        spent.flops_full += rows * (finding.flops_full or 0.0)
+        if len(plans[Plan.FULL]) == len(full) and len(_rows(full)) == rows:
+            spent.full_rates.append(seconds / rows)
+
+    @contextmanager
+    def _gated(self, mode: Mode) -> Iterator[None]:
+        self.gate.mode = mode
+        try:
+            yield
+        finally:
+            self.gate.forget()
+
+
+def _rows(trajectories: Sequence[Trajectory]) -> list[int]:
+    return sorted(row for t in trajectories for row in t.rows)
+
+
+def _worst(errors: Sequence[float]) -> float:
+    """The largest error; NaN if any is NaN, so that a broken row is never accepted."""
+    return max(errors, key=lambda e: float("inf") if math.isnan(e) else e)

@@ -1,0 +1,306 @@
+"""The project's own promises: who imports whom, how long things may get, and that its documents tell the truth."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "speca"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+LAYERS = (
+    "errors", "config", "core", "model", "speculator", "report", "pipeline", "check", "zoo", "",
+    "grid", "measure", "compare", "cli_request", "cli_output", "cli",
+)  # fmt: skip
+"""Lowest first; a file imports from its own layer and from those before it. "" is `speca` itself, the public names."""
+
+THIRD_PARTY = {  # what the lower layers may use besides the standard library; the longest matching name counts
+    "speca.errors": set(),
+    "speca.config": set(),
+    "speca.core": {"torch"},
+    "speca.core.controller": set(),
+}
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ imports
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for path in SOURCES}
+PACKAGES = {module_of(path) for path in SOURCES if path.stem == "__init__"}
+
+
+def imports(module: str, source: str) -> Iterator[str]:
+    """Absolute names of all modules that `source`, the text of `module`, imports anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            kept = parts[: len(parts) + (module in PACKAGES) - node.level] if node.level else []
+            base = ".".join([*kept, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield inner if inner in MODULES else base
+
+
+def layer(module: str) -> int:
+    name = ([*module.split("."), ""])[1]
+    assert name in LAYERS, f"{module} has no place in LAYERS; say there who may import it"
+    return LAYERS.index(name)
+
+
+def wrong_imports(module: str, source: str) -> list[str]:
+    """What `module` imports against the rules, in words."""
+    found = set(imports(module, source))
+    ours = {name for name in found if name.split(".")[0] == "speca"}
+    wrong = [f"{module} imports {name}, which lies above it" for name in sorted(ours) if layer(name) > layer(module)]
+    rule = max((key for key in THIRD_PARTY if f"{module}.".startswith(f"{key}.")), key=len, default=None)
+    if rule is not None:
+        foreign = {name.split(".")[0] for name in found - ours} - set(sys.stdlib_module_names) - THIRD_PARTY[rule]
+        wrong += [f"{module} must not import {name}" for name in sorted(foreign)]
+    if module == "speca.core.controller":  # what it imports must be free of torch as well
+        wrong += [f"{module} must not import {n}" for n in sorted(ours - {"speca.config", "speca.errors"})]
+    return wrong
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=names(SOURCES))
+def test_imports_point_downward(path: Path) -> None:
+    assert wrong_imports(module_of(path), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("speca.core.verify", "from ..pipeline import enable"),
+        ("speca.core.verify", "from speca import pipeline"),
+        ("speca.core.verify", "import speca"),
+        ("speca.core.history", "def f():\n    import diffusers.hooks"),
+        ("speca.core.controller", "import torch"),
+        ("speca.core.controller", "from .history import History"),
+        ("speca.config", "from .core.forecast import FORECASTERS"),
+        ("speca.model.gate", "if True:\n    from ..speculator import Speculator"),
+        ("speca.zoo", "from ..compare import psnr"),
+        ("speca.compare", "from .cli import main"),
+        ("speca", "from . import cli"),
+    ],
+)
+def test_a_wrong_import_is_seen(module: str, source: str) -> None:
+    assert wrong_imports(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("speca.core.verify", "import math, torch\nfrom ..errors import ConfigError"),
+        ("speca.core.controller", "from ..config import SpecaConfig"),
+        ("speca.pipeline", "import diffusers\nfrom .core.forecast import FORECASTERS"),
+        ("speca.cli", "import typer\nfrom speca import enable, zoo"),
+    ],
+)
+def test_a_right_import_is_left_alone(module: str, source: str) -> None:
+    assert wrong_imports(module, source) == []
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh interpreter, wide and without colour."""
+    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+    env = {name: value for name, value in env.items() if name not in ("FORCE_COLOR", "GITHUB_ACTIONS")}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_importing_speca_stays_light() -> None:
+    heavy = ("diffusers", "transformers", "accelerate", "typer", "rich", "matplotlib", "PIL")
+    done = python(f"import speca, sys; print(*(name for name in {heavy} if name in sys.modules))")
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr or "loaded by `import speca`: " + done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ size
+@pytest.mark.parametrize("path", SOURCES, ids=names(SOURCES))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= 60, f"{node.name} has {lines} lines"
+
+
+# ------------------------------------------------------------------------------------------------ documents
+def shell_lines(markdown: str) -> list[str]:
+    """Lines of code that are not Python: fenced or indented blocks, and inline code."""
+    lines, fence = [], None
+    for line in markdown.splitlines():
+        if line.lstrip().startswith("```"):
+            fence = line.strip()[3:] or "sh" if fence is None else None
+        elif fence is not None:
+            lines += [line] if fence in ("sh", "bash", "console", "text") else []
+        elif line.startswith("    "):
+            lines.append(line)
+        else:
+            lines += re.findall(r"`([^`]+)`", line)
+    return [re.sub(r"(^|\s)#.*", "", line).strip() for line in lines]
+
+
+@functools.cache
+def help_of(command: str) -> str:
+    done = python("import sys; from speca.cli import main; sys.exit(main())", command, "--help")
+    assert done.returncode == 0, f"speca {command} --help: {done.stdout[-500:]}{done.stderr[-500:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=names(GUIDES))
+def test_every_command_in_the_guides_exists(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE))
+    for line in shell_lines(path.read_text(encoding="utf-8")):
+        for target in re.findall(r"\bmake ([a-z]+)\b", line):
+            assert target in targets, f"make {target}"
+        for command, rest in re.findall(r"(?:^|[\s/])speca ([a-z]+)\b(.*)", line):
+            for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest):
+                assert re.search(rf"{option}\b(?!-)", help_of(command)), f"speca {command} {option}"
+            assert help_of(command)
+
+
+def test_the_readme_shows_both_commands_and_three_of_the_command_line() -> None:
+    lines = "\n".join(shell_lines(text("README.md")))
+    assert {"demo", "test"} <= set(re.findall(r"\bmake ([a-z]+)", lines))
+    assert {"generate", "check", "models"} <= set(re.findall(r"\bspeca ([a-z]+)", lines))
+
+
+def test_python_in_the_readme_uses_names_that_exist() -> None:
+    import speca
+
+    blocks = re.findall(r"```python\n(.*?)```", text("README.md"), re.DOTALL)
+    assert blocks
+    used = {
+        node.attr
+        for block in blocks
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "speca"
+    }
+    assert {"enable", "report", "disable"} <= used
+    assert [name for name in sorted(used) if name not in speca.__all__] == []
+
+
+def test_the_readme_lists_the_presets() -> None:
+    from speca.config import PRESETS
+
+    section = text("README.md").split("## Presets")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(PRESETS)
+
+
+def test_the_readme_is_short_and_keeps_its_place_for_results() -> None:
+    readme = text("README.md")
+    assert len(readme.splitlines()) < 150
+    assert readme.count("<!-- results:begin -->") == readme.count("<!-- results:end -->") == 1
+    assert readme.index("<!-- results:begin -->") < readme.index("<!-- results:end -->")
+
+
+@pytest.mark.parametrize("path", [*GUIDES, ROOT / "CHANGELOG.md"], ids=names([*GUIDES, ROOT / "CHANGELOG.md"]))
+def test_links_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (path.parent / target).exists()] == []
+
+
+def test_structure_names_every_file() -> None:
+    named = set(re.findall(r"^\| `([\w/]+\.py)` \|", text("docs/structure.md"), re.MULTILINE))
+    there = {path.relative_to(PACKAGE).as_posix() for path in SOURCES}
+    assert sorted(named - there) == [], "named, but gone"
+    assert sorted(there - named - {"__init__.py", "core/__init__.py", "model/__init__.py"}) == [], "not named"
+
+
+# ------------------------------------------------------------------------------------------------ set-up
+def test_one_version_everywhere() -> None:
+    import yaml
+
+    import speca
+
+    (version,) = re.findall(r'^version = "([^"]+)"', text("pyproject.toml"), re.MULTILINE)
+    assert version == speca.__version__ == str(yaml.safe_load(text("CITATION.cff"))["version"])
+
+
+def test_credit_is_given() -> None:
+    import yaml
+
+    paper = yaml.safe_load(text("CITATION.cff"))["preferred-citation"]
+    authors = [f"{a['given-names']} {a['family-names']}" for a in paper["authors"]]
+    assert authors == [
+        "Jiacheng Liu", "Chang Zou", "Yuanhuiyi Lyu", "Fei Ren", "Shaobo Wang", "Kaixin Li", "Linfeng Zhang",
+    ]  # fmt: skip
+    for name in ("NOTICE", "README.md"):
+        flowing = " ".join(text(name).split())
+        assert "2509.11628" in flowing
+        assert [author for author in authors if author not in flowing] == []
+    assert "Zalando" in text("NOTICE")
+    assert "Apache License\n                           Version 2.0" in text("LICENSE")
+    assert "## [Unreleased]" in text("CHANGELOG.md")
+
+
+def test_nothing_asks_for_torchvision() -> None:
+    asked = text("pyproject.toml").split("[project]")[1].split("[tool.")[0] + text("constraints.txt")
+    asked = re.sub(r"#.*", "", asked)
+    assert re.findall(r"torchvision|lpips|torch-fidelity|clean-fid|open.clip", asked) == []
+
+
+def test_types_and_commands_are_shipped() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    assert importlib.util.find_spec("speca.cli") is not None
+    assert 'speca = "speca.cli:main"' in text("pyproject.toml")
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert re.search(r"^make test$", text(".ci/run"), re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("target", "last"), [("demo", "speca generate fashion-dit"), ("test", "-m pytest")])
+def test_one_make_command_sets_up_and_runs(target: str, last: str, tmp_path: Path) -> None:
+    command = ["make", "--dry-run", f"VENV={tmp_path / 'venv'}", target]
+    plan = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    places = [plan.find(part) for part in ("-m venv", "--constraint constraints.txt torch", "--editable", last)]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+MACHINE = re.compile(r"(?<![\w.~:/-])/(?:home|Users|root|work|opt|mnt)/\w|[A-Z]:\\+Users")
+
+
+def test_a_path_of_a_machine_is_seen() -> None:
+    assert MACHINE.search("open('" + "/".join(("", "home", "me", "x.py")) + "')")
+    assert not MACHINE.search("recipes/_work/vae.pt and https://example.org/" + "/".join(("", "home", "x"))[1:])
+
+
+def test_no_file_speaks_of_one_machine() -> None:
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    found = []
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        data = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b""
+        if b"\0" not in data:
+            found += [f"{name}: {match}" for match in MACHINE.findall(data.decode("utf-8", "replace"))]
+    assert found == []
