@@ -21,7 +21,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 LAYERS = (
-    "errors", "config", "core", "model", "speculator", "report", "pipeline", "check", "zoo", "",
+    "errors", "config", "core", "model", "speculator", "report", "hook", "pipeline", "check", "zoo", "",
     "grid", "measure", "compare", "cli_request", "cli_output", "cli",
 )  # fmt: skip
 """Lowest first; a file imports from its own layer and from those before it. "" is `speca` itself, the public names."""
@@ -191,19 +191,27 @@ def test_the_readme_shows_both_commands_and_three_of_the_command_line() -> None:
     assert {"generate", "check", "models"} <= set(re.findall(r"\bspeca ([a-z]+)", lines))
 
 
-def test_python_in_the_readme_uses_names_that_exist() -> None:
-    import speca
+def test_python_in_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+    import torch
 
-    blocks = re.findall(r"```python\n(.*?)```", text("README.md"), re.DOTALL)
-    assert blocks
-    used = {
-        node.attr
-        for block in blocks
-        for node in ast.walk(ast.parse(block))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "speca"
-    }
-    assert {"enable", "report", "disable"} <= used
-    assert [name for name in sorted(used) if name not in speca.__all__] == []
+    import speca
+    import tiny
+
+    first, loop = re.findall(r"```python\n(.*?)```", text("README.md"), re.DOTALL)
+    pipe = tiny.dit().pipe
+    monkeypatch.setattr(diffusers.DiTPipeline, "from_pretrained", lambda name: pipe)
+    told: dict[str, object] = {"print": lambda report: told.update(report=report)}
+    exec(first, told)
+    assert len(told["images"]) == len(told["report"].samples) == 2
+
+    config = {**tiny.dit_transformer().config, "out_channels": 4}
+    transformer = tiny.randomised(diffusers.DiTTransformer2DModel.from_config(config))
+    own = dict(transformer=transformer, scheduler=diffusers.DDIMScheduler(), speca=speca)
+    exec(loop, {**own, "latents": torch.randn(2, 4, 4, 4), "labels": torch.tensor([3, 7])})
+    report = speca.report(transformer)
+    assert [len(sample.decisions) for sample in report.samples] == [50, 50]
+    assert report.notes == ()
 
 
 def test_the_readme_lists_the_presets() -> None:

@@ -150,7 +150,12 @@ def generate(
 @app.command()
 @_one_sentence
 def check(
-    model: Model, as_json: Json = False, dtype: Dtype = "float32", device: Device = None, threads: Threads = None
+    model: Model,
+    preset: Preset = "balanced",
+    as_json: Json = False,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    threads: Threads = None,
 ) -> None:
     """Say whether a model is supported, what was found in it, and what it keeps in memory. Exit code 1: it is not.
 
@@ -159,9 +164,10 @@ def check(
     from . import cli_output as output
     from . import cli_request as request
 
+    config = request.configuration(preset, [])
     request.at_least(1, threads=threads)
     pipe = request.load(model, dtype, device, threads)
-    found, call = request.examine(pipe, model)
+    found, call = request.examine(pipe, model, config)
     if as_json:
         typer.echo(output.to_json({**found.to_dict(), "call": call}))
     else:

@@ -17,9 +17,9 @@ from rich.table import Table
 from .errors import InputError
 
 if TYPE_CHECKING:
+    from .check import CheckReport
     from .compare import Comparison
     from .measure import Run, Ticker
-    from .report import CheckReport
     from .zoo import ModelCard
 
 Row = tuple[str, str]  # name and value
@@ -40,15 +40,23 @@ def folder(out: Path) -> Iterator[Path]:
     if not home.is_dir():
         raise InputError(f"--out {out}: {home} is a file; name a folder, or one that does not exist yet.")
     stage = home / f".speca-{uuid.uuid4().hex[:8]}"
-    try:
+    with _refusing(out):
         stage.mkdir()
-    except OSError as error:
-        raise InputError(f"--out {out}: {home} is not writable ({error.strerror}); name another folder.") from error
     try:
         yield stage
-        _publish(stage, out)
+        with _refusing(out):
+            _publish(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _refusing(out: Path) -> Iterator[None]:
+    """Turn what the file system objects to into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({error.strerror}); name another folder.") from error
 
 
 def _publish(stage: Path, out: Path) -> None:
@@ -149,11 +157,11 @@ def comparison_rows(result: Comparison) -> list[Row]:
     figures = result.to_dict()
     full, speca = result.full, result.speca
     share = result.saved_wall_share
-    kept = "" if share is None else f"; {share:.0%} of the saved FLOPs saved in time"
+    kept = f"; {share:.0%} of the saved FLOPs are saved in time" if share and share > 0 else ""
     quality = f"median {decibels(figures['psnr_median'])}, 5th percentile {decibels(figures['psnr_p5'])}"
     measured = (
-        ("transformer", f"{result.wall_speedup:.2f}x faster ({full.seconds:.2f} s to {speca.seconds:.2f} s){kept}"),
-        ("whole call", f"{result.wall_speedup_total:.2f}x ({full.seconds_total:.2f} s to {speca.seconds_total:.2f} s)"),
+        ("transformer", f"{result.wall_speedup:.2f}x the speed ({full.seconds:.2f} s to {speca.seconds:.2f} s){kept}"),
+        ("whole call", f"{result.wall_speedup_total:.2f}x the speed ({full.seconds_total:.2f} s to {speca.seconds_total:.2f} s)"),
         ("PSNR", f"{quality}, each image to its own full run"),
     )
     rows = run_rows(speca)

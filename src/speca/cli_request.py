@@ -16,7 +16,7 @@ from .errors import ConfigError, InputError, SpecaError, nearest
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .report import CheckReport
+    from .check import CheckReport
 
 LISTED = 20  # more valid names than this are not spelt out in a message
 
@@ -44,6 +44,7 @@ class Request:
             )
         if self.steps < MIN_STEPS:
             raise InputError(f"--steps {self.steps} leaves nothing to forecast; use {MIN_STEPS} steps or more.")
+        at_least(1, n=self.n)
         if self.n is not None and self.n < len(self._conditions):
             raise InputError(
                 f"--n {self.n} is fewer than the {len(self._conditions)} labels or prompts given; "
@@ -79,7 +80,7 @@ class Request:
         name, option = ("class_labels", "--label") if self.labels else ("prompt", "--prompt")
         if name not in accepted:
             other = "--prompt" if self.labels else "--label"
-            raise InputError(f"{self.model} ({type(pipe).__name__}) does not take {option}; use {other}.")
+            raise InputError(f"{self.model} ({type(pipe).__name__}) does not take {option}; try {other}.")
         values, captions = self._values(pipe)
         turns = [k % len(values) for k in range(len(self.seeds))]
         return {**call, name: [values[k] for k in turns]}, tuple(captions[k] for k in turns)
@@ -164,12 +165,16 @@ def at_least(low: int, **options: int | None) -> None:
 
 # ------------------------------------------------------------------------------------------------ pipelines
 def load(model: str, dtype: str, device: str | None, threads: int | None) -> DiffusionPipeline:
-    """The pipeline `model` means, on its device, with the libraries below it kept quiet."""
+    """The pipeline `model` means, on its device, with the libraries below it kept quiet.
+
+    Raises InputError if there is none, UnsupportedModelError if it has no diffusion transformer.
+    """
     import torch
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     from . import zoo
+    from .pipeline import transformers_of
 
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
@@ -177,7 +182,9 @@ def load(model: str, dtype: str, device: str | None, threads: int | None) -> Dif
     if threads is not None:
         torch.set_num_threads(threads)
     place = _device(device)
-    return zoo.resolve(model, getattr(torch, dtype)).to(place)
+    pipe = zoo.resolve(model, getattr(torch, dtype))
+    transformers_of(pipe)  # refuse a UNet before anything else is said about its arguments
+    return pipe.to(place)
 
 
 def _device(name: str | None) -> str:
@@ -193,7 +200,7 @@ def _device(name: str | None) -> str:
     return name
 
 
-def examine(pipe: DiffusionPipeline, model: str) -> tuple[CheckReport, str]:
+def examine(pipe: DiffusionPipeline, model: str, config: SpecaConfig) -> tuple[CheckReport, str]:
     """What `speca.check` finds in one short call of the pipeline, and that call in words."""
     from . import check
     from .measure import ticking
@@ -212,7 +219,7 @@ def examine(pipe: DiffusionPipeline, model: str) -> tuple[CheckReport, str]:
             ) from error
 
     with ticking(pipe, None, 0):
-        return check(pipe, run), words
+        return check(pipe, run, config), words
 
 
 def _short_call(pipe: DiffusionPipeline) -> dict[str, Any]:

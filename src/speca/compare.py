@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from .config import MIN_STEPS, PRESETS, SpecaConfig
 from .errors import InputError
 from .grid import MOST_SAMPLES, draw_grid
 from .measure import Run, Ticker, joined, run_once, split, steps_of, ticking
+from .pipeline import enabled
 from .report import Report
 
 if TYPE_CHECKING:
@@ -128,7 +130,7 @@ class Comparison:
         lines = [f"{text}\n{decibels(value)}" for text, value in zip(captions, self.psnr, strict=True)]
         title = (
             f"{self.model or self.report.model}, {self.preset}: {self.report.flops_speedup:.2f}x fewer FLOPs, "
-            f"transformer {self.wall_speedup:.2f}x faster"
+            f"transformer at {self.wall_speedup:.2f}x the speed"
         )
         shown = f" · first {MOST_SAMPLES} of {len(self.seeds)} samples" if len(self.seeds) > MOST_SAMPLES else ""
         subtitle = (
@@ -165,17 +167,22 @@ def compare(
     """
     settings = SpecaConfig.build(config)
     chunks, steps = split(call_kwargs, seeds, batch), steps_of(pipe, call_kwargs)
+
+    def run(call: dict[str, Any], some: list[int], accelerated: bool) -> Run:
+        with enabled(pipe, settings) if accelerated else nullcontext() as session:
+            return run_once(pipe, call, some, session)
+
     passes: dict[bool, list[Run]] = {False: [], True: []}
     with ticking(pipe, progress, 2 * (MIN_STEPS + repeats * len(chunks) * steps)):
         for accelerated in (False, True):
             call, some = chunks[0]
-            run_once(pipe, {**call, "num_inference_steps": MIN_STEPS}, some, settings if accelerated else None)
+            run({**call, "num_inference_steps": MIN_STEPS}, some, accelerated)
         for repeat in range(repeats):
             runs: dict[bool, list[Run]] = {False: [], True: []}
             for index, chunk in enumerate(chunks):
                 first = (repeat + index) % 2 == 1
                 for accelerated in (first, not first):
-                    runs[accelerated].append(run_once(pipe, *chunk, settings if accelerated else None))
+                    runs[accelerated].append(run(*chunk, accelerated))
             for accelerated, calls in runs.items():
                 passes[accelerated].append(joined(calls))
     full, speca = _typical(passes[False]), _typical(passes[True])

@@ -6,18 +6,18 @@ import inspect
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import SpecaConfig
-from .errors import InputError, SpecaError, UnsupportedModelError
-from .pipeline import enabled
+from .errors import InputError, SpecaError
+from .pipeline import Session, enabled, transformers_of
 from .report import Report
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def generate(
     """
     settings = SpecaConfig.build(config)
     chunks = split(call_kwargs, seeds, batch)
-    with ticking(pipe, progress, len(chunks) * steps_of(pipe, call_kwargs)):
-        return joined([run_once(pipe, *chunk, settings) for chunk in chunks])
+    with ticking(pipe, progress, len(chunks) * steps_of(pipe, call_kwargs)), enabled(pipe, settings) as session:
+        return joined([run_once(pipe, *chunk, session) for chunk in chunks])
 
 
 def split(call_kwargs: dict[str, Any], seeds: Sequence[int], batch: int) -> list[tuple[dict[str, Any], list[int]]]:
@@ -83,14 +83,14 @@ def steps_of(pipe: DiffusionPipeline, call_kwargs: dict[str, Any]) -> int:
     return int(call_kwargs.get("num_inference_steps", default))
 
 
-def run_once(pipe: DiffusionPipeline, call: dict[str, Any], seeds: list[int], config: SpecaConfig | None) -> Run:
-    """One timed call of the pipeline, accelerated if there is a `config`."""
+def run_once(pipe: DiffusionPipeline, call: dict[str, Any], seeds: list[int], session: Session | None) -> Run:
+    """One timed call of the pipeline, with the report of `session` if it is accelerated."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    with enabled(pipe, config) if config else nullcontext() as run, _clocked(pipe) as clock:
+    with _clocked(pipe) as clock:
         begin = _now()
         output = pipe(**call, generator=generators, output_type="np")[0]
         total = _now() - begin
-        report = run.report() if run else None
+    report = session.report() if session else None
     images = torch.as_tensor(np.asarray(output), dtype=torch.float32)
     if len(images) != len(seeds):
         raise InputError(f"{len(seeds)} seeds gave {len(images)} samples; ask for one sample a label or prompt.")
@@ -148,26 +148,16 @@ def _now() -> float:
 
 @contextmanager
 def _clocked(pipe: DiffusionPipeline) -> Iterator[_Clock]:
-    """A clock that runs while the transformer is called; the same for an accelerated one and a plain one."""
-    transformer, clock = transformer_of(pipe), _Clock()
-    hooks = (
-        transformer.register_forward_pre_hook(clock.start, prepend=True),
-        transformer.register_forward_hook(clock.stop),
-    )
+    """A clock that runs while a transformer is called; the same for an accelerated one and a plain one."""
+    clock, hooks = _Clock(), []
+    for transformer in transformers_of(pipe):
+        hooks.append(transformer.register_forward_pre_hook(clock.start, prepend=True))
+        hooks.append(transformer.register_forward_hook(clock.stop))
     try:
         yield clock
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def transformer_of(pipe: DiffusionPipeline) -> nn.Module:
-    transformer = getattr(pipe, "transformer", None)
-    if not isinstance(transformer, nn.Module):
-        raise UnsupportedModelError(
-            f"{type(pipe).__name__} has no transformer to accelerate; take a pipeline of a diffusion transformer."
-        )
-    return transformer
 
 
 class _Steps:
@@ -223,7 +213,7 @@ def hardware(pipe: DiffusionPipeline) -> dict[str, Any]:
         "device": device.type,
         "name": name,
         "threads": torch.get_num_threads(),
-        "dtype": str(next(transformer_of(pipe).parameters()).dtype).removeprefix("torch."),
+        "dtype": str(transformers_of(pipe)[0].dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }

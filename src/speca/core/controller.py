@@ -36,7 +36,7 @@ class Trajectory:
         step, total: current step index, counted from 0, and number of steps.
         fulls: full steps so far, rejected ones included.
         streak: drafts since the last full step.
-        error: error of the last verified draft, None before the first.
+        error: error of the last verified draft since the last full step, None if there is none.
         anchors: positions of kept full steps, newest first.
         decisions: one letter a step: F full, A accepted, R rejected and recomputed.
         errors: verification error of each step, None where nothing was verified.
@@ -66,7 +66,7 @@ class Trajectory:
             self.streak += 1
         else:
             self.fulls += 1
-            self.streak = 0
+            self.streak, self.error = 0, None
 
 
 class Controller(ABC):

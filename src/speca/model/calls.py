@@ -53,6 +53,7 @@ class Clock:
         self._time: float | None = None
         self._start: float | None = None
         self._signature: object = None
+        self._scale: tuple[float, float] | None = None
         self._ordinals: dict[str | None, int] = {}
 
     def host_index(self) -> int | None:
@@ -95,7 +96,7 @@ class Clock:
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or timesteps is self._timesteps:
             return False
-        self._timesteps = timesteps
+        self._timesteps, self._scale = timesteps, None
         self._values = [float(v) for v in timesteps.tolist()]
         self._trained = float(getattr(scheduler.config, "num_train_timesteps", 1000) or 1000)
         return True
@@ -139,23 +140,38 @@ class Clock:
         return -float(index) if time is None else time
 
     def _look_up(self, time: float) -> int | None:
-        """Index of the timestep a model was given, in whichever scale (t, t / T, 1 - t / T) it is given it.
+        """Index of the timestep a model was given, in whichever scale it is given it.
 
-        The scheduler's own index decides where it fits, as second-order schedulers repeat timesteps; otherwise the
-        nearest one, and among equals the one nearest to the last call. Half precision rounds timesteps by 0.4 %.
+        The scale is settled at the first call of a trajectory, by the step nearest to where the scheduler begins. The
+        scheduler's own index decides where it fits, as second-order schedulers repeat timesteps; otherwise the nearest
+        timestep, and among equals the one nearest to the last call. Half precision rounds timesteps by 0.4 %.
         """
-        scales = ((1.0, 0.0), (1 / self._trained, 0.0), (-1 / self._trained, 1.0))
-        slack = 0.004 * self._trained
-
-        def misses(index: int) -> float:
-            return min(abs(self._values[index] * scale + shift - time) / abs(scale) for scale, shift in scales)
-
+        slack, begin = 0.004 * self._trained, self._begin()
+        if self._scale is None:
+            best = min((self._nearest(time, scale, begin), scale) for scale in self._scales())
+            self._scale = best[1] if best[0][0] <= slack else None
+        if self._scale is None:
+            return None
         hint = self.host_index()
-        if hint is not None and hint < len(self._values) and misses(hint) <= slack:
+        if hint is not None and hint < len(self._values) and self._miss(time, self._scale, hint) <= slack:
             return hint
-        last = 0 if self._last is None else self._last.index
-        miss, _, index = min((round(misses(i), 6), abs(i - last), i) for i in range(len(self._values)))
+        miss, _, index = self._nearest(time, self._scale, begin if self._last is None else self._last.index)
         return index if miss <= slack else None
+
+    def _scales(self) -> tuple[tuple[float, float], ...]:
+        """Factor and shift of the scales in use: t, t / T, 1 - t / T."""
+        return (1.0, 0.0), (1 / self._trained, 0.0), (-1 / self._trained, 1.0)
+
+    def _miss(self, time: float, scale: tuple[float, float], index: int) -> float:
+        return round(abs(self._values[index] * scale[0] + scale[1] - time) / abs(scale[0]), 6)
+
+    def _nearest(self, time: float, scale: tuple[float, float], near: int) -> tuple[float, int, int]:
+        """Miss, distance from step `near`, and index of the timestep that fits best."""
+        return min((self._miss(time, scale, i), abs(i - near), i) for i in range(len(self._values)))
+
+    def _begin(self) -> int:
+        begin = getattr(self._scheduler() if self._scheduler else None, "begin_index", None)
+        return begin if isinstance(begin, int) else 0
 
     def _count(self, time: float) -> Position | None:
         if self._steps is None:

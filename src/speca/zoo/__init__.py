@@ -106,11 +106,15 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> DiffusionPipeline:
 
 
 def _from_hub(model: str, dtype: torch.dtype | None) -> DiffusionPipeline:
-    failure = (
-        f"there is no folder {model}, and the hub did not give a pipeline of that name (check its spelling, the "
-        "network and HF_HUB_OFFLINE, and `hf auth login` for a gated model)"
-    )
-    return _from_pretrained(model, dtype, failure)
+    try:
+        return _from_pretrained(model, dtype, f"{model} does not load as a diffusers pipeline")
+    except InputError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise InputError(
+            f"there is no folder {model!r} here, and no pipeline of that name came from the hub; "
+            "check the spelling, the network, HF_HUB_OFFLINE, and for a gated model `hf auth login`."
+        ) from error
 
 
 def _from_pretrained(source: str, dtype: torch.dtype | None, failure: str, **extra: Any) -> DiffusionPipeline:

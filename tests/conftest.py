@@ -1,0 +1,22 @@
+"""Shared fixtures: tiny random transformers and pipelines of the paper's three systems, built in memory."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # an accidental download fails at once
+
+import pytest
+import torch
+import tiny
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=tiny.PIPELINES, ids=list(tiny.PIPELINES))
+def case(request: pytest.FixtureRequest) -> tiny.Case:
+    """One tiny pipeline with the arguments of a short call; each of the paper's systems in turn."""
+    return tiny.PIPELINES[request.param]()

@@ -1,0 +1,76 @@
+"""Per-row rings: push, forecast, gather, scatter, bytes, dtype."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from speca.core.history import History
+
+
+def feature(row: int, step: int) -> torch.Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(100 * row + step))
+
+
+def test_rows_with_their_own_steps_equal_a_plain_list() -> None:
+    """Random pushes of random subsets of rows against lists of tensors."""
+    chooser, rows, depth = random.Random(0), 5, 3
+    history, oracle = History(depth, rows), {r: [] for r in range(rows)}
+    for step in range(30):
+        subset = list(range(rows)) if step == 0 else sorted(chooser.sample(range(rows), chooser.randint(1, rows)))
+        history.push(subset, [torch.stack([feature(r, step) for r in subset])] * 2)
+        for r in subset:
+            oracle[r] = [feature(r, step), *oracle[r]][:depth]
+        asked = chooser.sample(range(rows), chooser.randint(1, rows))
+        weights = torch.randn(len(asked), depth, dtype=torch.float64)
+        for i, r in enumerate(asked):
+            weights[i, history.count(r) :] = 0
+        for stream in history.forecast(asked, weights):
+            for i, r in enumerate(asked):
+                want = sum(float(w) * f for w, f in zip(weights[i], oracle[r], strict=False))
+                torch.testing.assert_close(stream[i], want, rtol=1e-5, atol=1e-5)
+
+
+def test_gather_and_scatter_move_rows() -> None:
+    history = History(2, 4)
+    for step in range(3):
+        rows = [0, 1, 2, 3] if step < 2 else [1, 3]
+        history.push(rows, [torch.stack([feature(r, step) for r in rows])])
+    w = torch.tensor([[0.3, 0.7]], dtype=torch.float64)
+    part = history.gather([3, 0])
+    torch.testing.assert_close(part.forecast([0], w), history.forecast([3], w))
+    torch.testing.assert_close(part.forecast([1], w), history.forecast([0], w))
+    empty = History(2, 4)
+    empty.scatter([2, 1], part)
+    torch.testing.assert_close(empty.forecast([2], w), history.forecast([3], w))
+    torch.testing.assert_close(empty.forecast([1], w), history.forecast([0], w))
+    with pytest.raises(IndexError, match="first step must be full"):
+        empty.forecast([0], w)
+
+
+def test_bytes_and_dtype() -> None:
+    history = History(2, 3)
+    assert history.bytes() == 0
+    history.push([0, 1, 2], [torch.zeros(3, 10), torch.zeros(3, 5)])
+    assert history.bytes() == 2 * 3 * 15 * 4
+    half = History(2, 3, torch.bfloat16)
+    half.push([0, 1, 2], [torch.ones(3, 10)])
+    assert half.bytes() == 2 * 3 * 10 * 2
+    assert half.forecast([1], torch.tensor([[0.5]], dtype=torch.float64))[0].dtype == torch.float32
+
+
+def test_sums_are_accumulated_in_fp32() -> None:
+    history = History(2, 1)
+    history.push([0], [torch.full((1, 4), 1000.0, dtype=torch.bfloat16)])
+    history.push([0], [torch.full((1, 4), 1008.0, dtype=torch.bfloat16)])
+    out = history.forecast([0], torch.tensor([[101.0, -100.0]], dtype=torch.float64))[0]
+    assert out.dtype == torch.bfloat16
+    assert out[0, 0].item() == torch.tensor(1808.0).bfloat16().item()
+
+
+def test_a_pushed_feature_may_be_overwritten_afterwards() -> None:
+    history, x = History(1, 2), torch.ones(2, 3)
+    history.push([0, 1], [x])
+    x.zero_()
+    assert history.forecast([0], torch.ones(1, 1, dtype=torch.float64))[0].sum() == 3
