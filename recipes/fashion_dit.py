@@ -23,11 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from speca.zoo.classifier import FashionClassifier
 
 CLASSES = (
@@ -142,7 +142,14 @@ def fit(
             if (step + 1) % 200 == 0 or step + 1 == steps:
                 save(step + 1)
                 with (work / f"{name}.log").open("a") as log:
-                    log.write(json.dumps(dict(step=step + 1, loss=round(mean_loss, 5), seconds=round(time.time() - started + seconds))) + "\n")
+                    log.write(
+                        json.dumps(
+                            dict(
+                                step=step + 1, loss=round(mean_loss, 5), seconds=round(time.time() - started + seconds)
+                            )
+                        )
+                        + "\n"
+                    )
     model.load_state_dict(ema)
     return model.eval()
 
@@ -237,17 +244,23 @@ def score(pipe: DiTPipeline, classifier: FashionClassifier, count: int, folder: 
     sheet = torch.cat(images)[:100].reshape(10, 10, 28, 28).permute(0, 2, 1, 3).reshape(280, 280)
     from PIL import Image
 
-    Image.fromarray((sheet * 255).round().byte().numpy()).resize((840, 840), Image.Resampling.NEAREST).save(folder / "samples.png")
+    Image.fromarray((sheet * 255).round().byte().numpy()).resize((840, 840), Image.Resampling.NEAREST).save(
+        folder / "samples.png"
+    )
     return dict(samples=count, agreement=round(agree / count, 4))
 
 
 def main(
     work: Annotated[Path, typer.Option(help="Folder for data and checkpoints.")] = Path("recipes/_work"),
-    out: Annotated[Path, typer.Option(help="Folder the finished model is written to.")] = Path("src/speca/zoo/weights/fashion-dit"),
+    out: Annotated[Path, typer.Option(help="Folder the finished model is written to.")] = Path(
+        "src/speca/zoo/weights/fashion-dit"
+    ),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     steps: Annotated[int, typer.Option(help="Training steps of the DiT.", min=100)] = 4000,
     batch: Annotated[int, typer.Option(help="Images a step of the DiT.", min=8)] = 128,
-    compiled: Annotated[bool, typer.Option(help="torch.compile the DiT (a minute once, then about a third faster).")] = True,
+    compiled: Annotated[
+        bool, typer.Option(help="torch.compile the DiT (a minute once, then about a third faster).")
+    ] = True,
     scored: Annotated[int, typer.Option(help="Samples scored at the end.", min=10)] = 1000,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
@@ -261,7 +274,10 @@ def main(
 
     classifier = train_classifier(images, labels, steps=2000, **how).cpu()
     with torch.no_grad():
-        hits = sum(int((classifier(x).argmax(1) == y).sum()) for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True))
+        hits = sum(
+            int((classifier(x).argmax(1) == y).sum())
+            for x, y in zip(test_images.split(1000), test_labels.split(1000), strict=True)
+        )
     console.print(f"classifier: {hits / len(test_labels):.4f} on the held-out split")
 
     vae = train_vae(images, steps=1500, **how)
@@ -279,7 +295,10 @@ def main(
     pipe.save_pretrained(out, safe_serialization=True)
     from safetensors.torch import save_file
 
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()}, out / "classifier.safetensors")
+    save_file(
+        {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()},
+        out / "classifier.safetensors",
+    )
     pipe = DiTPipeline.from_pretrained(out, torch_dtype=torch.float32)
     result = score(pipe, classifier, scored, out)
     logs = {n: json.loads((work / f"{n}.log").read_text().splitlines()[-1]) for n in ("classifier", "vae", "dit")}

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # an accidental download fails at once
 
 import pytest
 import torch
+
 import tiny
 
 

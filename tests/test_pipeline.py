@@ -7,12 +7,13 @@ import threading
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
 import speca
 import tiny
-import torch
 from speca.model.gate import block_lists
 from speca.pipeline import ATTRIBUTE
-from torch import nn
 
 LOOSE = dict(threshold=1e9, max_draft=3)
 SEEDS = [3, 8, 5]

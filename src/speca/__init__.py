@@ -1,9 +1,9 @@
 """speca: speculative decoding for diffusion transformers (SpeCa, arXiv:2509.11628).
 
-    import speca
-    speca.enable(pipe)
-    images = pipe(...).images
-    print(speca.report(pipe))
+import speca
+speca.enable(pipe)
+images = pipe(...).images
+print(speca.report(pipe))
 """
 
 from .check import CheckReport, check

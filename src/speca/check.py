@@ -58,7 +58,9 @@ class CheckReport:
         )
 
 
-def check(target: Any, call: Callable[[], object], preset: str | SpecaConfig = "balanced", **settings: Any) -> CheckReport:
+def check(
+    target: Any, call: Callable[[], object], preset: str | SpecaConfig = "balanced", **settings: Any
+) -> CheckReport:
     """Run `call` once under acceleration and tell what was found.
 
     Args:

@@ -161,7 +161,10 @@ def comparison_rows(result: Comparison) -> list[Row]:
     quality = f"median {decibels(figures['psnr_median'])}, 5th percentile {decibels(figures['psnr_p5'])}"
     measured = (
         ("transformer", f"{result.wall_speedup:.2f}x the speed ({full.seconds:.2f} s to {speca.seconds:.2f} s){kept}"),
-        ("whole call", f"{result.wall_speedup_total:.2f}x the speed ({full.seconds_total:.2f} s to {speca.seconds_total:.2f} s)"),
+        (
+            "whole call",
+            f"{result.wall_speedup_total:.2f}x the speed ({full.seconds_total:.2f} s to {speca.seconds_total:.2f} s)",
+        ),
         ("PSNR", f"{quality}, each image to its own full run"),
     )
     rows = run_rows(speca)

@@ -117,9 +117,7 @@ class Run:
             return forward(**arguments)
         return self.speculator.play(branch, call.position, forward, arguments, finding)
 
-    def _discover(
-        self, branch: Branch, call: Call, forward: Forward, arguments: dict[str, Any], kind: object
-    ) -> Any:
+    def _discover(self, branch: Branch, call: Call, forward: Forward, arguments: dict[str, Any], kind: object) -> Any:
         """The first call of its kind runs in full and is learnt from."""
         began = time.perf_counter()
         out, finding = discover(self.gate, forward, arguments, branch.rows)
@@ -141,9 +139,11 @@ class Run:
         branch = self.branches.get(call.branch)
         if branch is None:
             branch = self.branches[call.branch] = Branch.begin(rows, _stacked(first, rows))
-        elif branch.tied and len(branch.trajectories[0].decisions) == 1:
-            if _stacked(first, rows) != len(branch.trajectories[0].rows):
-                branch.untie()
+            return branch
+        first_record = branch.trajectories[0]
+        second_step = branch.tied and len(first_record.decisions) == 1
+        if second_step and _stacked(first, rows) != len(first_record.rows):
+            branch.untie()
         return branch
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _kind(arguments: dict[str, Any]) -> object:
 
 
 def _stacked(first: Any, rows: int) -> int:
-    """Rows per image: guidance stacks copies of the same latents, so equal parts of a batch are one image's branches."""
+    """Rows per image: guidance stacks copies of the same latents, so equal parts of a batch are its branches."""
     for parts in range(min(MAX_TIED, rows), 1, -1):
         if rows % parts == 0:
             n = rows // parts
@@ -258,9 +258,9 @@ def disable(target: Any) -> Any:
 def enabled(target: Any, preset: str | SpecaConfig = "balanced", **settings: Any) -> Iterator[Session]:
     """`enable` on entry and `disable` on exit, also after an exception.
 
-        with speca.enabled(pipe, "fast") as run:
-            images = pipe(...).images
-        print(run.report())
+    with speca.enabled(pipe, "fast") as run:
+        images = pipe(...).images
+    print(run.report())
     """
     session = Session(enable(target, preset, **settings))
     try:
@@ -297,7 +297,7 @@ def report(target: Any) -> Report:
     Raises:
         NotEnabledError: not enabled, or nothing has run yet.
     """
-    runs = [m.__dict__[ATTRIBUTE] for m in transformers_of(target) if ATTRIBUTE in m.__dict__]
+    runs: list[Run] = [m.__dict__[ATTRIBUTE] for m in transformers_of(target) if ATTRIBUTE in m.__dict__]
     if not runs:
         raise NotEnabledError("speca is not enabled on this object; call speca.enable(...) first.")
     ran = [run for run in runs if run.branches]
@@ -335,7 +335,9 @@ def _attach(model: nn.Module, run: Run) -> None:
     from .hook import root_hook
 
     # What must be put back exactly, as diffusers leaves a registry and a forward on the instance.
-    run.before = {n: model.__dict__[n] for n in ("forward", "_diffusers_hook", "_reset_stateful_cache") if n in model.__dict__}
+    run.before = {
+        n: model.__dict__[n] for n in ("forward", "_diffusers_hook", "_reset_stateful_cache") if n in model.__dict__
+    }
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.register_hook(root_hook(run), HOOK)
     registry.invalidate_child_registries_cache()

@@ -123,7 +123,9 @@ class Speculator:
             parts, rejected = self._check(branch, plans[Plan.CHECKED], position, forward, arguments, finding)
         if plans[Plan.UNCHECKED]:
             drafted = plans[Plan.UNCHECKED]
-            parts.append((_rows(drafted), self._draft(branch, drafted, Mode.UNCHECKED, position, forward, arguments)[0]))
+            parts.append(
+                (_rows(drafted), self._draft(branch, drafted, Mode.UNCHECKED, position, forward, arguments)[0])
+            )
             for trajectory in drafted:
                 trajectory.note(ACCEPTED)
         full = plans[Plan.FULL] + rejected
@@ -136,7 +138,9 @@ class Speculator:
             branch.history = None  # nothing is forecast from the last step
         return rowwise.merge(parts, branch.rows)
 
-    def record(self, branch: Branch, trajectories: Sequence[Trajectory], position: Position, features: Features) -> None:
+    def record(
+        self, branch: Branch, trajectories: Sequence[Trajectory], position: Position, features: Features
+    ) -> None:
         """Keep the features of a full pass over the rows of `trajectories` as their newest anchor."""
         rows = _rows(trajectories)
         streams = [*features.state, *features.outputs]
@@ -150,7 +154,12 @@ class Speculator:
             trajectory.anchors = [self._where(position), *trajectory.anchors][: self.config.anchors]
 
     def _full(
-        self, branch: Branch, trajectories: list[Trajectory], position: Position, forward: Forward, arguments: dict[str, Any]
+        self,
+        branch: Branch,
+        trajectories: list[Trajectory],
+        position: Position,
+        forward: Forward,
+        arguments: dict[str, Any],
     ) -> tuple[list[int], Any]:
         trajectories.sort(key=lambda t: t.sample)
         rows = _rows(trajectories)

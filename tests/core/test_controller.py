@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 import speca
 from speca.core.controller import ACCEPTED, FULL, REJECTED, Controller, Plan, Trajectory, controller
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-import speca
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import speca
 from speca.core.forecast import FORECASTERS, forecaster, hermite, newton, reuse, taylor
 
 EVEN = [12.0, 9.0, 6.0, 3.0, 0.0]

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+
 from speca.core.history import History
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import speca
 import torch
+
+import speca
 from speca.core.verify import ERRORS, error_function
 
 A = torch.tensor([[[3.0, 0.0], [0.0, 4.0]], [[1.0, 1.0], [1.0, 1.0]]])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-import speca
 import torch
-from speca.model import rows as rowwise
 from torch import nn
+
+import speca
+from speca.model import rows as rowwise
 
 
 class Joint(nn.Module):
@@ -67,7 +68,7 @@ class Unheard(nn.Module):
 class Writes(Single):
     """Leaves something behind that the model's tail reads."""
 
-    store: list[torch.Tensor] = []
+    store: ClassVar[list[torch.Tensor]] = []
 
     def forward(self, tokens: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         out = super().forward(tokens, shift)
@@ -135,7 +136,7 @@ def test_the_list_keeps_its_face() -> None:
 def test_select_and_merge_are_inverse() -> None:
     arguments = dict(
         x=torch.randn(4, 2, 3), ids=torch.randn(6, 3), img_ids=torch.randn(4, 3),
-        extra=dict(mask=torch.randn(4, 5), scale=0.5), layers=[torch.randn(4, 2), torch.randn(4, 2)], sizes=[1, 2, 3, 4],
+        extra=dict(mask=torch.randn(4, 5), scale=0.5), layers=[torch.randn(4, 2)] * 2, sizes=[1, 2, 3, 4],
     )  # fmt: skip
     part = rowwise.select(arguments, [2, 0], 4)
     assert torch.equal(part["x"], arguments["x"][[2, 0]]) and part["ids"] is arguments["ids"]

@@ -78,7 +78,7 @@ class Controller(ABC):
     def threshold(self, trajectory: Trajectory) -> float:
         """`tau_t = tau_0 * beta ** ((T - t) / T)`, SpeCa's schedule: loose at the noisy start, tight at the end."""
         c = self.config
-        return max(c.threshold * c.threshold_decay**trajectory.progress, c.threshold_floor)
+        return max(c.threshold * float(c.threshold_decay**trajectory.progress), c.threshold_floor)
 
     @abstractmethod
     def plan(self, trajectory: Trajectory) -> Plan:

@@ -37,9 +37,7 @@ def taylor(positions: Tensor, count: Tensor, target: Tensor, order: int) -> Tens
     """
     table = _differences(positions, count, order, divided=False)
     s = target - positions[:, 0]
-    return sum(
-        (table[i] * (s**i / math.factorial(i)).unsqueeze(1) for i in range(1, len(table))), start=table[0]
-    )
+    return sum((table[i] * (s**i / math.factorial(i)).unsqueeze(1) for i in range(1, len(table))), start=table[0])
 
 
 def newton(positions: Tensor, count: Tensor, target: Tensor, order: int) -> Tensor:

@@ -87,9 +87,7 @@ class History:
             return
         if not self._buffers:
             self._given = list(part._given)
-            self._buffers = [
-                [s.new_zeros((self.rows, *s.shape[1:])) for s in buffer] for buffer in part._buffers
-            ]
+            self._buffers = [[s.new_zeros((self.rows, *s.shape[1:])) for s in buffer] for buffer in part._buffers]
         for mine, theirs in zip(self._buffers, part._buffers, strict=True):
             for slot, source in zip(mine, theirs, strict=True):
                 slot[torch.tensor(rows, device=slot.device)] = source

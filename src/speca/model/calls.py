@@ -98,7 +98,7 @@ class Clock:
             return False
         self._timesteps, self._scale = timesteps, None
         self._values = [float(v) for v in timesteps.tolist()]
-        self._trained = float(getattr(scheduler.config, "num_train_timesteps", 1000) or 1000)
+        self._trained = float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000)
         return True
 
     def _without_reading(self, given: Any, context: Any) -> int | None:

@@ -184,6 +184,10 @@ class Gate:
         return values if stand_in.slots.is_tuple else values[0]
 
 
+LIST_TYPES = (nn.ModuleList, GatedModuleList)
+"""Exact types: a subclass may already do something of its own when iterated."""
+
+
 def tensors_of(out: Any) -> list[Tensor]:
     """The tensors among a block's outputs, in order."""
     return [o for o in ([out] if isinstance(out, Tensor) else out) if isinstance(o, Tensor)]
@@ -194,17 +198,13 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
     Lists deeper down (refiners, feed-forward parts) keep running: they are cheap or part of a block.
     """
-    found: dict[str, nn.ModuleList] = {}
+    candidates = dict(model.named_children())
     for name, child in model.named_children():
-        inner = child.named_children() if isinstance(child, nn.ModuleDict) else ()
-        for path, candidate in ((name, child), *((f"{name}.{k}", c) for k, c in inner)):
-            if type(candidate) in (nn.ModuleList, GatedModuleList) and len(candidate) > 0:
-                found[path] = candidate
-    return found
+        if isinstance(child, nn.ModuleDict):
+            candidates |= {f"{name}.{key}": inner for key, inner in child.named_children()}
+    return {n: c for n, c in candidates.items() if isinstance(c, nn.ModuleList) and type(c) in LIST_TYPES and len(c)}
 
 
 def is_gated(model: nn.Module) -> bool:
     """Whether a gate sits in any block list of the model."""
     return any(isinstance(child, GatedModuleList) for child in model.modules())
-
-

@@ -121,7 +121,7 @@ def rows_first(feature: Tensor, rows: int, kind: Layout) -> Tensor:
     """A block feature as (B, ...)."""
     if kind == "second":
         return feature.transpose(0, 1)
-    return feature.unflatten(0, (rows, -1)) if kind == "folded" else feature
+    return feature.reshape(rows, -1, *feature.shape[1:]) if kind == "folded" else feature
 
 
 def as_given(feature: Tensor, kind: Layout) -> Tensor:

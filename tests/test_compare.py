@@ -1,0 +1,244 @@
+"""Quality figures on known values, and the paired comparison on a tiny pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import speca
+import tiny
+import torch
+from PIL import Image
+from speca import InputError, SpecaError, compare, grid, measure
+from speca.pipeline import ATTRIBUTE
+
+CALL: dict[str, Any] = {"class_labels": [1, 2, 3], "num_inference_steps": 12}
+SEEDS = [7, 8, 9]
+LOOSE = speca.SpecaConfig(threshold=1e9, max_draft=3)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny.dit().pipe
+
+
+@pytest.fixture(scope="module")
+def compared(pipe: Any) -> compare.Comparison:
+    return compare.compare(pipe, CALL, SEEDS, LOOSE, repeats=2, batch=2)
+
+
+# -- PSNR ---------------------------------------------------------------------------------------------
+def test_psnr_of_known_differences() -> None:
+    image = torch.full((3, 4, 4, 1), 0.5)
+    other = image + torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1)
+    values = compare.psnr(other, image)
+    assert values.shape == (3,)
+    assert values[:2].tolist() == pytest.approx([20, 40], abs=1e-4)
+    assert math.isinf(values[2])
+
+
+def test_psnr_of_unrelated_images_is_low() -> None:
+    """The mean square of the difference of two independent uniform values is 1/6."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 1, 200, 200, 1, generator=generator)
+    assert compare.psnr(a, b).item() == pytest.approx(10 * math.log10(6), abs=0.1)
+    assert compare.psnr(torch.zeros(1, 8, 8), torch.ones(1, 8, 8)).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_psnr_counts_the_sign_of_no_difference() -> None:
+    """As uint8, 10 - 20 is 246; as floats both directions are the same."""
+    dark, light = torch.full((1, 8, 8), 10 / 255), torch.full((1, 8, 8), 20 / 255)
+    assert compare.psnr(dark, light).item() == compare.psnr(light, dark).item() == pytest.approx(28.13, abs=0.01)
+
+
+def test_psnr_refuses_integers_and_unequal_shapes() -> None:
+    levels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(InputError, match="divide uint8 by 255"):
+        compare.psnr(levels, levels)
+    with pytest.raises(InputError, match="equal shapes"):
+        compare.psnr(torch.zeros(1, 8, 8), torch.zeros(2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("values", "q", "expected"),
+    [
+        ([3.0], 0.05, 3.0),
+        ([4.0, 1.0, 3.0, 2.0], 0.5, 2.5),
+        ([1.0, 2.0, 3.0], 1.0, 3.0),
+        ([30.0, math.inf], 0.5, 30.0),
+        ([math.inf, math.inf], 0.5, math.inf),
+    ],
+)
+def test_quantile(values: list[float], q: float, expected: float) -> None:
+    assert compare.quantile(values, q) == expected
+
+
+def test_quantile_is_numpys() -> None:
+    values = np.random.default_rng(0).normal(size=37)
+    for q in (0.05, 0.5, 0.83):
+        assert compare.quantile(values.tolist(), q) == pytest.approx(float(np.quantile(values, q)))
+
+
+# -- running ------------------------------------------------------------------------------------------
+def test_split_shares_what_is_not_per_sample() -> None:
+    call = {"prompt": ["a", "b", "c"], "timesteps": [3, 2, 1], "guidance_scale": 2.0, "size": [8, 8]}
+    first, second = measure.split(call, [5, 6, 7], 2)
+    assert first == ({**call, "prompt": ["a", "b"]}, [5, 6])
+    assert second == ({**call, "prompt": ["c"]}, [7])
+
+
+@pytest.mark.parametrize(("seeds", "batch"), [([], 4), ([1], 0)])
+def test_split_refuses_nothing(seeds: list[int], batch: int) -> None:
+    with pytest.raises(InputError, match="nothing to make"):
+        measure.split({}, seeds, batch)
+
+
+def test_batches_do_not_change_samples(pipe: Any) -> None:
+    whole = measure.generate(pipe, CALL, SEEDS, LOOSE)
+    parts = measure.generate(pipe, CALL, SEEDS, LOOSE, batch=2)
+    assert whole.report is not None
+    assert parts.report is not None
+    torch.testing.assert_close(whole.images, parts.images, atol=1e-5, rtol=0)
+    assert [s.index for s in parts.report.samples] == [0, 1, 2]
+    assert [s.decisions for s in parts.report.samples] == [s.decisions for s in whole.report.samples]
+    assert parts.report.flops_full == pytest.approx(whole.report.flops_full)
+
+
+def test_every_step_is_told_and_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
+    told: list[tuple[int, int]] = []
+    measure.generate(pipe, CALL, SEEDS, LOOSE, batch=2, progress=lambda done, total: told.append((done, total)))
+    assert told == [(k + 1, 24) for k in range(24)]
+    assert_untouched(pipe)
+
+
+def test_a_failing_call_leaves_the_pipeline_as_it_was(pipe: Any) -> None:
+    with pytest.raises(TypeError):
+        measure.generate(pipe, {**CALL, "no_such_argument": 1}, SEEDS, LOOSE)
+    assert_untouched(pipe)
+
+
+def test_pixels_that_are_no_numbers_are_refused() -> None:
+    broken = tiny.dit().pipe
+    broken.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(SpecaError, match="no numbers; use a wider dtype"):
+        measure.generate(broken, CALL, SEEDS, LOOSE)
+
+
+def assert_untouched(pipe: Any) -> None:
+    assert "progress_bar" not in vars(pipe)
+    assert ATTRIBUTE not in vars(pipe.transformer)
+    assert not pipe.transformer._forward_hooks
+    assert not pipe.transformer._forward_pre_hooks
+
+
+# -- comparing ----------------------------------------------------------------------------------------
+def test_runs_are_interleaved(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    run_once = compare.run_once
+
+    def spy(pipe: Any, call: Any, seeds: list[int], session: Any) -> measure.Run:
+        order.append((call["num_inference_steps"], len(seeds), session is not None))
+        return run_once(pipe, call, seeds, session)
+
+    monkeypatch.setattr(compare, "run_once", spy)
+    compare.compare(pipe, CALL, SEEDS, LOOSE, repeats=2, batch=2)
+    off, on = False, True
+    assert order[:2] == [(4, 2, off), (4, 2, on)]
+    assert order[2:6] == [(12, 2, off), (12, 2, on), (12, 1, on), (12, 1, off)]
+    assert order[6:] == [(12, 2, on), (12, 2, off), (12, 1, off), (12, 1, on)]
+
+
+def test_comparison_against_the_pipeline_itself(pipe: Any, compared: compare.Comparison) -> None:
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    pipe.set_progress_bar_config(disable=True)
+    plain = torch.from_numpy(pipe(**CALL, generator=generators, output_type="np").images)
+    torch.testing.assert_close(compared.full.images, plain, atol=1e-5, rtol=0)
+    assert compared.psnr == tuple(compare.psnr(compared.speca.images, compared.full.images).tolist())
+    assert 0 < compared.full.seconds < compared.full.seconds_total
+    assert 0 < compared.speca.seconds < compared.speca.seconds_total
+
+
+def test_comparison_as_json(compared: compare.Comparison) -> None:
+    figures = json.loads(compared.to_json())
+    for name in ("flops_speedup", "wall_speedup", "wall_speedup_total", "psnr_median", "psnr_p5", "saved_wall_share"):
+        assert isinstance(figures[name], float), name
+    assert figures["model"] == "DiTTransformer2DModel"
+    assert (figures["preset"], figures["steps"], figures["seeds"]) == ("custom", 12, SEEDS)
+    assert figures["config"]["max_draft"] == 3
+    assert {"name", "threads", "torch", "diffusers"} <= set(figures["hardware"])
+    for sample, seed in zip(figures["samples"], SEEDS, strict=True):
+        assert set(sample) == {"seed", "full", "accepted", "rejected", "psnr", "decisions"}
+        assert sample["seed"] == seed
+        assert len(sample["decisions"]) == sample["full"] + sample["accepted"] + sample["rejected"] == 12
+
+
+def test_identical_samples_are_null_in_json_and_said_so(pipe: Any, tmp_path: Path) -> None:
+    same = compare.compare(pipe, CALL, SEEDS, speca.SpecaConfig(threshold=0.0))
+    figures = json.loads(same.to_json())
+    assert figures["psnr_median"] is figures["psnr_p5"] is figures["samples"][0]["psnr"] is None
+    assert figures["identical"] == len(SEEDS)
+    assert figures["saved_wall_share"] is None
+    assert compare.decibels(math.inf) == compare.decibels(None) == "identical"
+    same.grid(tmp_path / "grid.png")
+
+
+def test_a_preset_keeps_its_name(pipe: Any) -> None:
+    assert compare.compare(pipe, CALL, SEEDS, "fast").preset == "fast"
+
+
+def test_share_of_saved_flops_that_is_saved_in_time(compared: compare.Comparison) -> None:
+    known = dataclasses.replace(
+        compared,
+        full=dataclasses.replace(compared.full, seconds=10.0, seconds_total=12.0),
+        speca=dataclasses.replace(compared.speca, seconds=4.0, seconds_total=6.0),
+        report=dataclasses.replace(compared.report, flops=25.0, flops_full=100.0),
+    )
+    assert (known.wall_speedup, known.wall_speedup_total) == (2.5, 2.0)
+    assert known.saved_wall_share == pytest.approx(0.6 / 0.75)
+
+
+# -- pictures -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("count", "columns", "bands"), [(1, 1, 1), (8, 8, 1), (9, 5, 2), (16, 8, 2), (64, 11, 6)])
+def test_grid_has_room_for_every_sample(count: int, columns: int, bands: int) -> None:
+    full = torch.rand(count, 28, 28, 1)
+    picture = grid.draw_grid(full, full, ["boot\n30 dB"] * count, "t", "s")
+    cell = 112 + grid.GAP
+    assert columns * cell < picture.width < (columns + 2) * cell
+    assert bands * 3 * cell < picture.height < (bands + 1) * 4 * cell
+
+
+def test_grid_draws_at_most_64_samples() -> None:
+    full = torch.rand(70, 8, 8, 3)
+    picture = grid.draw_grid(full, full, ["x"] * 70, "t", "s")
+    assert picture.size == grid.draw_grid(full[:64], full[:64], ["x"] * 64, "t", "s").size
+
+
+def test_grid_shows_full_above_speca_above_the_difference() -> None:
+    full, other = torch.full((1, 28, 28, 1), 0.8), torch.full((1, 28, 28, 1), 0.6)
+    picture = grid.draw_grid(full, other, ["x"], "title", "subtitle")
+    column = picture.convert("L").crop((116, 82, 228, 82 + 3 * 118))
+    levels = [column.getpixel((56, 56 + 118 * row)) for row in range(3)]
+    assert levels == [204, 153, 255]  # 0.2 five times amplified is 1
+
+
+def test_grid_of_a_comparison(compared: compare.Comparison, tmp_path: Path) -> None:
+    named = dataclasses.replace(compared, model="tiny", captions=("a very long prompt about nothing", "b", "c"))
+    named.grid(tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").width > 3 * 112
+
+
+@pytest.mark.parametrize(("peak", "factor"), [(0.0, 1), (0.9, 1), (0.3, 2), (0.01, 100), (0.04, 20)])
+def test_amplification_is_round_and_does_not_clip(peak: float, factor: int) -> None:
+    assert grid.amplification(torch.full((1, 8, 8, 1), peak)) == factor
+
+
+def test_a_video_is_an_animated_png(tmp_path: Path) -> None:
+    video = torch.rand(5, 16, 16, 3)
+    grid.save_png(video, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").n_frames == 5
+    assert grid.draw_grid(video[None], video[None], ["x"], "t", "s").width > 112
