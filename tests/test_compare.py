@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import speca
-import tiny
 import torch
 from PIL import Image
+
+import speca
+import tiny
 from speca import InputError, SpecaError, compare, grid, measure
 from speca.pipeline import ATTRIBUTE
 

@@ -129,6 +129,20 @@ def test_enabled_closes_after_an_exception() -> None:
     assert len(run.report().samples) == len(SEEDS)
 
 
+def test_paused_is_plain_and_resumes_what_is_known() -> None:
+    case = tiny.dit()
+    plain = case(SEEDS)
+    before = snapshot(case.transformer)
+    with speca.enabled(case.pipe, **LOOSE) as run:
+        fast = case(SEEDS)
+        assert any("self-test" in n for n in run.report().notes)
+        with run.paused():
+            assert snapshot(case.transformer) == before
+            assert torch.equal(case(SEEDS), plain)
+        assert torch.equal(case(SEEDS), fast)
+        assert not run.report().notes
+
+
 # -- 6. no state survives -----------------------------------------------------------------------------
 def held(case: tiny.Case) -> int:
     run = case.transformer.__dict__[ATTRIBUTE]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import diffusers
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
+
+import tiny
 from speca import InputError, zoo
 from speca.zoo.classifier import FashionClassifier
 
@@ -57,13 +58,13 @@ def test_load_names_the_nearest_model(shelf: Path) -> None:
 
 
 def test_classifier_is_float32_and_ready(shelf: Path) -> None:
-    scorer = zoo.classifier("tiny-dit")
+    scorer = zoo.load_classifier("tiny-dit")
     assert not scorer.training
     assert {p.dtype for p in scorer.parameters()} == {torch.float32}
     assert scorer(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     (shelf / "tiny-dit" / "classifier.safetensors").unlink()
     with pytest.raises(InputError, match="without a classifier"):
-        zoo.classifier("tiny-dit")
+        zoo.load_classifier("tiny-dit")
 
 
 def test_resolve_takes_a_bundled_name_and_a_folder(shelf: Path) -> None:
@@ -111,7 +112,7 @@ def test_resolve_refuses_a_file(tmp_path: Path) -> None:
 
 # -- the real thing -----------------------------------------------------------------------------------
 def test_fashion_dit_comes_with_the_package() -> None:
-    card = next(card for card in zoo.models() if card.name == "fashion-dit")
+    card = {card.name: card for card in zoo.models()}["fashion-dit"]
     assert card.pipeline == "DiTPipeline"
     assert card.bytes <= 15 * 2**20
     assert card.licence
@@ -130,5 +131,5 @@ def test_fashion_dit_draws_what_is_asked() -> None:
     out = pipe(class_labels=list(range(10)), generator=seeds, num_inference_steps=20, output_type="np")
     images = torch.from_numpy(out.images).permute(0, 3, 1, 2)
     assert images.shape == (10, 1, 28, 28)
-    guessed = zoo.classifier("fashion-dit")(images * 2 - 1).argmax(1)
+    guessed = zoo.load_classifier("fashion-dit")(images * 2 - 1).argmax(1)
     assert (guessed == torch.arange(10)).sum() >= 7

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import nn
 
-if TYPE_CHECKING:
-    from .pipeline import Run
+
+class Run(Protocol):
+    """What the hook hands calls to."""
+
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any: ...
+
+    def end(self) -> None: ...
 
 
 class _State(BaseState):

@@ -39,6 +39,7 @@ class Run:
         self.branches: dict[str, Branch] = {}
         self.findings: dict[object, Discovery] = {}
         self.notes: list[str] = []
+        self.once: tuple[str, ...] = ()  # notes on the last run only
         self.before: dict[str, Any] = {}
         self._signature = inspect.signature(type(model).forward)
         self._time = time_argument(model)
@@ -91,7 +92,7 @@ class Run:
             seconds_full=median(rates) * rows_per_step * steps if rates else None,
             bytes_per_sample=held // max(1, len(samples)),
             host_reads=spent.host_reads,
-            notes=tuple(self.notes),
+            notes=(*self.notes, *self.once),
         )
 
     # -------------------------------------------------------------------------------------------- one call
@@ -107,7 +108,7 @@ class Run:
             self._note(f"{call.position.total} steps leave nothing to forecast (at least {MIN_STEPS}); ran plainly.")
             return forward(**arguments)
         if call.fresh:
-            self.branches, self.speculator.spent = {}, Spent()
+            self.branches, self.speculator.spent, self.once = {}, Spent(), ()
         self.speculator.spent.host_reads += self.clock.device_reads - reads
         branch = self._branch(call, first, rows)
         finding = self.findings.get(kind)
@@ -132,6 +133,7 @@ class Run:
             trajectory.note(FULL)
         self.speculator.record(branch, branch.trajectories, call.position, features)
         self.speculator.spent.add_probe(finding, branch.rows, time.perf_counter() - began)
+        self.once = ("cost and time include the self-test, which runs once for a model and input size",)
         return out
 
     def _branch(self, call: Call, first: Any, rows: int) -> Branch:
@@ -279,6 +281,18 @@ class Session:
     def report(self) -> Report:
         """Report of the last run inside the block. Raises `NotEnabledError` if nothing ran."""
         return self._last if self._last is not None else report(self._target)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the target is exactly as without speca; afterwards it goes on with what is known of the model."""
+        runs = [(m, m.__dict__[ATTRIBUTE]) for m in transformers_of(self._target)]
+        for model, _ in runs:
+            _detach(model)
+        try:
+            yield
+        finally:
+            for model, run in runs:
+                _attach(model, run)
 
     def close(self) -> None:
         """Keep the last report and disable."""

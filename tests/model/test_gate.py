@@ -103,7 +103,7 @@ def test_an_unknown_model_is_discovered_and_accelerated(rows: int) -> None:
     speca.enable(model, num_inference_steps=12, threshold=1e9, max_draft=2)
     close = loop(model, rows)
     report = speca.report(model)
-    assert not report.notes and report.samples[0].accepted == 6
+    assert "runs plainly" not in " ".join(report.notes) and report.samples[0].accepted == 6
     assert 0 < (close - plain).norm() / plain.norm() < 0.05
     finding = next(iter(model.__dict__["_speca_run"].findings.values()))
     assert finding.verify_block == "back.3" and finding.state == ("tokens",)

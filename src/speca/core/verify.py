@@ -21,8 +21,8 @@ TINY = 1e-10
 def relative_l2(forecast: Tensor, real: Tensor) -> Tensor:
     """`||F_pred - F||_2 / ||F||_2` (SpeCa, arXiv:2509.11628, verification error)."""
     forecast, real = _flat(forecast), _flat(real)
-    gap: Tensor = torch.linalg.vector_norm(forecast - real, dim=1)
-    return gap / torch.linalg.vector_norm(real, dim=1).clamp_min(TINY)
+    ratio: Tensor = (forecast - real).norm(dim=1) / real.norm(dim=1).clamp_min(TINY)
+    return ratio
 
 
 def relative_l1(forecast: Tensor, real: Tensor) -> Tensor:

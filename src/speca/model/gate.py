@@ -118,6 +118,7 @@ class Gate:
     model: nn.Module
     mode: Mode = Mode.OFF
     lists: dict[str, nn.ModuleList] = field(default_factory=dict)
+    stand_ins: dict[str, list[StandIn]] = field(default_factory=dict)
     verify: StandIn | None = None
     state: tuple[str, ...] = ()
     called: list[StandIn] = field(default_factory=list)
@@ -126,10 +127,12 @@ class Gate:
     forecast: Features | None = None
 
     def attach(self) -> None:
-        """Put the gate into every block list of the model. Undone by `detach`."""
+        """Put the gate into every block list of the model. Undone by `detach`; what was learnt of blocks is kept."""
         for name, blocks in block_lists(self.model).items():
-            blocks.__dict__["_speca_gate"] = self
-            blocks.__dict__["_speca_stand_ins"] = [StandIn(self, b, f"{name}.{i}") for i, b in enumerate(blocks)]
+            known = self.stand_ins.get(name, [])
+            if [s.block for s in known] != list(blocks):
+                known = self.stand_ins[name] = [StandIn(self, b, f"{name}.{i}") for i, b in enumerate(blocks)]
+            blocks.__dict__["_speca_gate"], blocks.__dict__["_speca_stand_ins"] = self, known
             blocks.__class__ = GatedModuleList
             self.lists[name] = blocks
 

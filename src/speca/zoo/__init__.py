@@ -59,7 +59,7 @@ def load(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") ->
     return _from_folder(_bundled(name), dtype).to(device)
 
 
-def classifier(name: str) -> FashionClassifier:
+def load_classifier(name: str) -> FashionClassifier:
     """The classifier that scores images of bundled model `name`: float32, in eval mode, on the CPU."""
     from safetensors.torch import load_file
 
