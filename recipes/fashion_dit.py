@@ -256,7 +256,7 @@ def main(
         "src/speca/zoo/weights/fashion-dit"
     ),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    steps: Annotated[int, typer.Option(help="Training steps of the DiT.", min=100)] = 4000,
+    steps: Annotated[int, typer.Option(help="Training steps of the DiT.", min=100)] = 3200,
     batch: Annotated[int, typer.Option(help="Images a step of the DiT.", min=8)] = 128,
     compiled: Annotated[
         bool, typer.Option(help="torch.compile the DiT (a minute once, then about a third faster).")

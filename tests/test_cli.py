@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import speca
 import tiny
 from speca import cli_output, compare, measure, zoo
 from speca.cli import app
+from speca.cli_request import Request, class_numbers
 
 NAMES = ("t-shirt", "trouser", "sneaker", "ankle boot")
 
@@ -198,10 +200,34 @@ def test_many_class_names_are_not_all_listed(shelf: Path) -> None:
     pipe = tiny.dit().pipe
     pipe.labels = {f"breed {number}": number for number in range(500)}
     with pytest.raises(speca.InputError, match="the nearest are breed 12, ") as caught:
-        from speca.cli_request import class_numbers
-
         class_numbers(pipe, "dogs", ["bred 12"])
     assert len(str(caught.value)) < 100
+
+
+class Painter:
+    """The signature of a pipeline that takes prompts, and no guidance scale."""
+
+    def __call__(self, prompt: list[str], num_inference_steps: int = 50) -> None: ...
+
+
+def test_prompts_take_turns_over_the_images() -> None:
+    call, captions = Request("hub/painter", [], ["a cat", "a dog"], 3, 20, 0, None).call(Painter())
+    assert call == {"num_inference_steps": 20, "prompt": ["a cat", "a dog", "a cat"]}
+    assert captions == ("a cat", "a dog", "a cat")
+
+
+@pytest.mark.parametrize(
+    ("labels", "prompts", "guidance", "sentence"),
+    [
+        ([], ["a cat"], 4.0, "Painter has no guidance scale; leave --guidance away."),
+        (["cat"], [], None, r"hub/painter \(Painter\) does not take --label; try --prompt."),
+    ],
+)
+def test_a_prompt_model_refuses_what_it_does_not_take(
+    labels: list[str], prompts: list[str], guidance: float | None, sentence: str
+) -> None:
+    with pytest.raises(speca.InputError, match=sentence):
+        Request("hub/painter", labels, prompts, None, 20, 0, guidance).call(Painter())
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/speca"])
@@ -254,9 +280,7 @@ def test_check_says_which_call_failed(shelf: Path, monkeypatch: pytest.MonkeyPat
     def demanding(*_: object, **__: object) -> None:
         raise ValueError("`image` is missing")
 
-    monkeypatch.setattr(diffusers.DiTPipeline, "check_inputs", demanding, raising=False)
-    monkeypatch.setattr(diffusers.DiTPipeline, "progress_bar", demanding)
-    monkeypatch.setattr(measure, "ticking", lambda *_: cli_output.progress("", quiet=True))
+    monkeypatch.setattr(diffusers.DiTPipeline, "__call__", demanding)
     result = run("check", shelf / "labelled")
     assert_refused(result, "did not run as DiTPipeline(class_labels=[0, 1], num_inference_steps=4)")
 
@@ -275,8 +299,9 @@ def test_version() -> None:
 
 def test_help_is_quick_and_complete() -> None:
     """Importing diffusers alone takes seconds."""
+    path = {**os.environ, "PYTHONPATH": str(Path(speca.__file__).parents[1])}
     code = "import sys, speca.cli; print(sorted({'diffusers', 'transformers', 'matplotlib', 'PIL'} & set(sys.modules)))"
-    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    listed = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=True)
     assert listed.stdout.strip() == "[]"
     for command in ("generate", "check", "models"):
         assert command in done("--help").stdout

@@ -91,6 +91,8 @@ def test_split_shares_what_is_not_per_sample() -> None:
     first, second = measure.split(call, [5, 6, 7], 2)
     assert first == ({**call, "prompt": ["a", "b"]}, [5, 6])
     assert second == ({**call, "prompt": ["c"]}, [7])
+    (_, _), (call, _) = measure.split({"prompt_embeds": torch.arange(3)}, [5, 6, 7], 2)
+    assert call["prompt_embeds"].tolist() == [2]
 
 
 @pytest.mark.parametrize(("seeds", "batch"), [([], 4), ([1], 0)])
@@ -201,6 +203,17 @@ def test_share_of_saved_flops_that_is_saved_in_time(compared: compare.Comparison
     )
     assert (known.wall_speedup, known.wall_speedup_total) == (2.5, 2.0)
     assert known.saved_wall_share == pytest.approx(0.6 / 0.75)
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan-video-cfg"])
+def test_pipelines_with_embeddings_and_videos_are_compared_too(name: str, tmp_path: Path) -> None:
+    case = tiny.PIPELINES[name]()
+    call = {**case.arguments, **case.conditions(SEEDS), "num_inference_steps": 8}
+    del call["output_type"]
+    result = compare.compare(case.pipe, call, SEEDS, LOOSE, batch=2)
+    assert [len(sample.decisions) for sample in result.report.samples] == [8] * len(SEEDS)
+    assert all(0 < value < math.inf for value in result.psnr)
+    result.grid(tmp_path / "grid.png")
 
 
 # -- pictures -----------------------------------------------------------------------------------------

@@ -51,8 +51,9 @@ def generate(
 ) -> Run:
     """Make one sample a seed with acceleration, at most `batch` at a time.
 
-    `call_kwargs` goes to the pipeline. A list in it that is as long as `seeds` (labels, prompts) has one entry a
-    sample; every other value is shared. Sample k depends on its own seed and entries only, not on `batch`.
+    `call_kwargs` goes to the pipeline. A list or tensor in it that is as long as `seeds` (labels, prompts,
+    embeddings) has one entry a sample; every other value is shared. Sample k depends on its own seed and entries
+    only, not on `batch`.
     """
     settings = SpecaConfig.build(config)
     chunks = split(call_kwargs, seeds, batch)
@@ -74,8 +75,9 @@ def split(call_kwargs: dict[str, Any], seeds: Sequence[int], batch: int) -> list
     return chunks
 
 
-def _per_sample(name: str, value: object, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and name not in _SCHEDULES
+def _per_sample(name: str, value: Any, count: int) -> bool:
+    batched = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+    return batched and len(value) == count and name not in _SCHEDULES
 
 
 def steps_of(pipe: DiffusionPipeline, call_kwargs: dict[str, Any]) -> int:
