@@ -121,6 +121,15 @@ def test_options_reach_the_pipeline(shelf: Path, here: Path, monkeypatch: pytest
     assert seen["config"] == speca.SpecaConfig.build("fast", max_draft=2)
 
 
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    shelf: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result = done("generate", shelf / "labelled", "--label", 0, "--steps", 4, "--out", "[bold]")
+    assert "[bold]" in result.stdout
+    assert (here / "[bold]" / "report.json").is_file()
+
+
 def test_an_older_result_is_replaced_and_other_files_stay(shelf: Path, here: Path) -> None:
     (here / "image-007.png").touch()
     (here / "mine.txt").touch()

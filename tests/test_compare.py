@@ -132,6 +132,15 @@ def test_pixels_that_are_no_numbers_are_refused() -> None:
         measure.generate(broken, CALL, SEEDS, LOOSE)
 
 
+def test_a_report_that_does_not_fit_the_samples_is_refused(pipe: Any, compared: compare.Comparison) -> None:
+    class Plain:
+        def report(self) -> speca.Report:
+            return dataclasses.replace(compared.report, samples=(), notes=("its step is unknown.",))
+
+    with pytest.raises(SpecaError, match="not accelerated sample by sample: its step is unknown; run it without"):
+        measure.run_once(pipe, CALL, SEEDS, Plain())
+
+
 def assert_untouched(pipe: Any) -> None:
     assert "progress_bar" not in vars(pipe)
     assert ATTRIBUTE not in vars(pipe.transformer)

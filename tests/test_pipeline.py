@@ -281,8 +281,11 @@ def test_own_sampling_loop_gives_the_same_as_the_scheduler_says() -> None:
 def test_too_few_steps_run_plainly_and_say_so(case: tiny.Case) -> None:
     plain = case(SEEDS, steps=3)
     speca.enable(case.pipe)
+    case(SEEDS)
     with pytest.warns(UserWarning, match="nothing to forecast"):
         assert torch.equal(case(SEEDS, steps=3), plain)
+    report = speca.report(case.pipe)
+    assert report.samples == () and report.flops_speedup == 1.0 and "ran plainly" in report.notes[0]
 
 
 def test_one_device_read_per_checked_draft(case: tiny.Case) -> None:

@@ -6,6 +6,7 @@ images = pipe(...).images
 print(speca.report(pipe))
 """
 
+from . import zoo
 from .check import CheckReport, check
 from .config import PRESETS, SpecaConfig
 from .errors import ConfigError, InputError, NotEnabledError, SpecaError, UnsupportedModelError
@@ -30,4 +31,5 @@ __all__ = [
     "enable",
     "enabled",
     "report",
+    "zoo",
 ]

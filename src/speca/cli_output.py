@@ -36,7 +36,8 @@ def folder(out: Path) -> Iterator[Path]:
     is made, if `out` is a file or cannot be written to.
     """
     out = out.expanduser().absolute()
-    home = next(place for place in (out, *out.parents) if place.exists())
+    with _refusing(out):
+        home = next(place for place in (out, *out.parents) if place.exists())
     if not home.is_dir():
         raise InputError(f"--out {out}: {home} is a file; name a folder, or one that does not exist yet.")
     stage = home / f".speca-{uuid.uuid4().hex[:8]}"
@@ -114,7 +115,7 @@ def progress(title: str, quiet: bool) -> Iterator[Ticker | None]:
     if quiet:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
@@ -128,7 +129,7 @@ def show(title: str, rows: Sequence[Row]) -> None:
     table.add_column()
     for name, value in rows:
         table.add_row(name, value)
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)
 
 
 def run_rows(run: Run) -> list[Row]:
@@ -201,7 +202,7 @@ def show_models(cards: Sequence[ModelCard]) -> None:
         scores = ", ".join(f"{name} {value:g}" for name, value in card.scores.items() if isinstance(value, int | float))
         weight = f"{card.parameters / 1e6:.1f} M"
         table.add_row(card.name, card.makes, card.pipeline, weight, size(card.bytes), card.licence, scores)
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)
 
 
 def size(count: float) -> str:

@@ -163,17 +163,20 @@ def compare(
     """Make the same samples without and with acceleration, and measure both; arguments as in `measure.generate`.
 
     Calls are interleaved (off, on, then on, off, and so on), so that a machine that slows down slows both; a short
-    call of each kind goes before and is not counted. Times are medians over `repeats`.
+    call of each kind, which also pays for the self-test, goes before and is not counted. Times are medians over
+    `repeats`.
     """
     settings = SpecaConfig.build(config)
     chunks, steps = split(call_kwargs, seeds, batch), steps_of(pipe, call_kwargs)
 
-    def run(call: dict[str, Any], some: list[int], accelerated: bool) -> Run:
-        with enabled(pipe, settings) if accelerated else nullcontext() as session:
-            return run_once(pipe, call, some, session)
-
     passes: dict[bool, list[Run]] = {False: [], True: []}
-    with ticking(pipe, progress, 2 * (MIN_STEPS + repeats * len(chunks) * steps)):
+    total = 2 * (MIN_STEPS + repeats * len(chunks) * steps)
+    with ticking(pipe, progress, total), enabled(pipe, settings) as session:
+
+        def run(call: dict[str, Any], some: list[int], accelerated: bool) -> Run:
+            with nullcontext() if accelerated else session.paused():
+                return run_once(pipe, call, some, session if accelerated else None)
+
         for accelerated in (False, True):
             call, some = chunks[0]
             run({**call, "num_inference_steps": MIN_STEPS}, some, accelerated)

@@ -93,6 +93,11 @@ def run_once(pipe: DiffusionPipeline, call: dict[str, Any], seeds: list[int], se
         output = pipe(**call, generator=generators, output_type="np")[0]
         total = _now() - begin
     report = session.report() if session else None
+    if report and len(report.samples) != len(seeds):
+        why = "; ".join(report.notes) or f"it recorded {len(report.samples)} samples instead of {len(seeds)}"
+        raise SpecaError(
+            f"{report.model} was not accelerated sample by sample: {why.rstrip('.')}; run it without speca."
+        )
     images = torch.as_tensor(np.asarray(output), dtype=torch.float32)
     if len(images) != len(seeds):
         raise InputError(f"{len(seeds)} seeds gave {len(images)} samples; ask for one sample a label or prompt.")

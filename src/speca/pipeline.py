@@ -70,7 +70,7 @@ class Run:
         Raises:
             NotEnabledError: nothing has run yet.
         """
-        if not self.branches:
+        if not self.branches and not self.notes:
             raise NotEnabledError("nothing has run yet; call the pipeline first, then ask for the report.")
         records: dict[int, list[Any]] = {}
         for branch in self.branches.values():
@@ -104,11 +104,11 @@ class Run:
         if call is None:
             self._note("a call runs plainly: its step is not on the scheduler's time axis, or rows differ in time.")
             return forward(**arguments)
+        if call.fresh:
+            self.branches, self.speculator.spent, self.once = {}, Spent(), ()
         if call.position.total < MIN_STEPS:
             self._note(f"{call.position.total} steps leave nothing to forecast (at least {MIN_STEPS}); ran plainly.")
             return forward(**arguments)
-        if call.fresh:
-            self.branches, self.speculator.spent, self.once = {}, Spent(), ()
         self.speculator.spent.host_reads += self.clock.device_reads - reads
         branch = self._branch(call, first, rows)
         finding = self.findings.get(kind)
