@@ -313,7 +313,9 @@ def main(
 
 def model_card(scores: dict[str, Any], logs: dict[str, Any], batch: int, device: str) -> str:
     """The model's README: data, licence, how it was trained, what it scored."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     rows = "\n".join(f"| {n} | {v['step']} | {v['seconds'] / 60:.0f} | {v['loss']:.4f} |" for n, v in logs.items())
     return f"""---
 license: apache-2.0
