@@ -22,7 +22,7 @@ from .model.calls import Call, Clock, time_argument
 from .model.gate import Gate, block_lists
 from .model.probe import Discovery, Forward, discover
 from .report import Report, SampleReport
-from .speculator import Branch, Speculator, Spent
+from .speculator import Branch, Speculator, Spent, Work
 
 HOOK = "speca"
 ATTRIBUTE = "_speca_run"
@@ -116,7 +116,7 @@ class Run:
             return self._discover(branch, call, forward, arguments, kind)
         if not finding.supported:
             return forward(**arguments)
-        return self.speculator.play(branch, call.position, forward, arguments, finding)
+        return self.speculator.play(Work(branch, call.position, finding, forward, arguments))
 
     def _discover(self, branch: Branch, call: Call, forward: Forward, arguments: dict[str, Any], kind: object) -> Any:
         """The first call of its kind runs in full and is learnt from."""

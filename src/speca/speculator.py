@@ -82,6 +82,21 @@ class Branch:
         return any(len(t.rows) > 1 for t in self.trajectories)
 
 
+@dataclass(frozen=True)
+class Work:
+    """One call of the model to be answered: whose, where, and how to run it on some of its rows."""
+
+    branch: Branch
+    position: Position
+    finding: Discovery
+    forward: Forward
+    arguments: dict[str, Any]
+
+    def run(self, rows: Sequence[int]) -> Any:
+        """The model's own output for `rows` of its own inputs."""
+        return self.forward(**rowwise.select(self.arguments, rows, self.branch.rows))
+
+
 class Speculator:
     """Plays calls of one gated transformer."""
 
@@ -94,47 +109,28 @@ class Speculator:
         self.history_dtype: torch.dtype | None = dtypes[config.history_dtype]
         self.spent = Spent()
 
-    def play(
-        self,
-        branch: Branch,
-        position: Position,
-        forward: Forward,
-        arguments: dict[str, Any],
-        finding: Discovery,
-    ) -> Any:
-        """Answer one call of the model.
-
-        Args:
-            branch: the records of the B rows of this call; updated.
-            position: where this step stands.
-            forward: the model's original forward.
-            arguments: its arguments by name.
-            finding: what the probe found of the model.
-        """
-        began = time.perf_counter()
-        for trajectory in branch.trajectories:
-            trajectory.step, trajectory.total = position.index, position.total
+    def play(self, work: Work) -> Any:
+        """Answer one call; the records of its branch are updated, the output has all its rows."""
+        began, branch = time.perf_counter(), work.branch
+        # Plan: each sample from its own record.
         plans: dict[Plan, list[Trajectory]] = {plan: [] for plan in Plan}
         for trajectory in branch.trajectories:
+            trajectory.step, trajectory.total = work.position.index, work.position.total
             plans[self.controller.plan(trajectory)].append(trajectory)
-        parts: list[tuple[list[int], Any]] = []
-        rejected: list[Trajectory] = []
-        if plans[Plan.CHECKED]:
-            parts, rejected = self._check(branch, plans[Plan.CHECKED], position, forward, arguments, finding)
-        if plans[Plan.UNCHECKED]:
-            drafted = plans[Plan.UNCHECKED]
-            parts.append(
-                (_rows(drafted), self._draft(branch, drafted, Mode.UNCHECKED, position, forward, arguments)[0])
-            )
+        # Draft, and verify where that was planned.
+        parts, rejected = self._check(work, plans[Plan.CHECKED]) if plans[Plan.CHECKED] else ([], [])
+        if drafted := plans[Plan.UNCHECKED]:
+            parts.append((_rows(drafted), self._draft(work, drafted, Mode.UNCHECKED)[0]))
             for trajectory in drafted:
                 trajectory.note(ACCEPTED)
+        # Full: planned and rejected samples together, and no others.
         full = plans[Plan.FULL] + rejected
         if full:
-            parts.append(self._full(branch, full, position, forward, arguments))
+            parts.append((_rows(full), self._full(work, full)))
             for trajectory in plans[Plan.FULL]:
                 trajectory.note(FULL)
-        self._account(plans, full, finding, branch.rows, time.perf_counter() - began)
-        if position.index == position.total - 1:
+        self._account(plans, full, work, time.perf_counter() - began)
+        if work.position.index == work.position.total - 1:
             branch.history = None  # nothing is forecast from the last step
         return rowwise.merge(parts, branch.rows)
 
@@ -153,67 +149,42 @@ class Speculator:
         for trajectory in trajectories:
             trajectory.anchors = [self._where(position), *trajectory.anchors][: self.config.anchors]
 
-    def _full(
-        self,
-        branch: Branch,
-        trajectories: list[Trajectory],
-        position: Position,
-        forward: Forward,
-        arguments: dict[str, Any],
-    ) -> tuple[list[int], Any]:
-        trajectories.sort(key=lambda t: t.sample)
-        rows = _rows(trajectories)
+    def _full(self, work: Work, trajectories: Sequence[Trajectory]) -> Any:
+        """Run the rows of `trajectories` through all blocks and record them."""
         with self._gated(Mode.FULL):
-            out = forward(**rowwise.select(arguments, rows, branch.rows))
+            out = work.run(_rows(trajectories))
             if self.gate.features is not None:
-                self.record(branch, trajectories, position, self.gate.features)
-        return rows, out
+                self.record(work.branch, trajectories, work.position, self.gate.features)
+        return out
 
-    def _draft(
-        self,
-        branch: Branch,
-        trajectories: list[Trajectory],
-        mode: Mode,
-        position: Position,
-        forward: Forward,
-        arguments: dict[str, Any],
-    ) -> tuple[Any, Features, Features]:
-        """The output of a draft, with the forecast it used and the features the verify block gave (rows first)."""
+    def _draft(self, work: Work, trajectories: Sequence[Trajectory], mode: Mode) -> tuple[Any, Features, Features]:
+        """The output of a draft, the forecast it used (rows first), and the features the verify block gave."""
+        branch, rows, count = work.branch, _rows(trajectories), len(self.gate.state)
         assert branch.history is not None
-        rows, count = _rows(trajectories), len(self.gate.state)
         by_row = {row: t for t in trajectories for row in t.rows}
-        weights = self._weights([by_row[row] for row in rows], position)
+        weights = self._weights([by_row[row] for row in rows], work.position)
         streams = branch.history.forecast(rows, weights)
         given = [rowwise.as_given(s, k) for s, k in zip(streams, branch.layouts, strict=True)]
         with self._gated(mode):
             self.gate.forecast = Features(given[:count], given[count:])
-            out = forward(**rowwise.select(arguments, rows, branch.rows))
+            out = work.run(rows)
             real = self.gate.features or Features([], [])
         return out, Features(streams[:count], streams[count:]), real
 
     def _check(
-        self,
-        branch: Branch,
-        trajectories: list[Trajectory],
-        position: Position,
-        forward: Forward,
-        arguments: dict[str, Any],
-        finding: Discovery,
+        self, work: Work, trajectories: Sequence[Trajectory]
     ) -> tuple[list[tuple[list[int], Any]], list[Trajectory]]:
         """Draft, verify and judge; returns the output of the accepted rows and the rejected trajectories."""
-        out, forecast, real = self._draft(branch, trajectories, Mode.CHECKED, position, forward, arguments)
-        rows = _rows(trajectories)
-        main = finding.main
-        kind = branch.layouts[len(self.gate.state) + main]
+        out, forecast, real = self._draft(work, trajectories, Mode.CHECKED)
+        rows, main = _rows(trajectories), work.finding.main
+        kind = work.branch.layouts[len(self.gate.state) + main]
         errors = self.error(forecast.outputs[main], rowwise.rows_first(real.outputs[main], len(rows), kind))
         by_row = dict(zip(rows, self._read(errors), strict=True))
         # An image's cond and uncond share one verdict: guidance would amplify the gap between a full and a draft one.
-        worst = [_worst([by_row[row] for row in t.rows]) for t in trajectories]
-        verdicts = self.controller.accept(trajectories, worst)
+        errors_of = self.controller.judged([_worst([by_row[row] for row in t.rows]) for t in trajectories])
+        verdicts = self.controller.accept(trajectories, errors_of)
         rejected = []
-        for trajectory, error, accepted in zip(trajectories, worst, verdicts, strict=True):
-            if self.config.controller != "released":
-                trajectory.error = error
+        for trajectory, error, accepted in zip(trajectories, errors_of, verdicts, strict=True):
             trajectory.note(ACCEPTED if accepted else REJECTED, error)
             if not accepted:
                 rejected.append(trajectory)
@@ -237,10 +208,8 @@ class Speculator:
         self.spent.host_reads += 1
         return [float(e) for e in errors.tolist()]
 
-    def _account(
-        self, plans: dict[Plan, list[Trajectory]], full: list[Trajectory], finding: Discovery, rows: int, seconds: float
-    ) -> None:
-        spent = self.spent
+    def _account(self, plans: dict[Plan, list[Trajectory]], full: list[Trajectory], work: Work, seconds: float) -> None:
+        spent, finding, rows = self.spent, work.finding, work.branch.rows
         spent.seconds += seconds
         costs = (
             (plans[Plan.CHECKED], finding.flops_checked),

@@ -23,7 +23,6 @@ def play(rule: Controller, errors: list[float], total: int = 12) -> str:
         elif plan is Plan.UNCHECKED:
             t.note(ACCEPTED)
         else:
-            t.error = errors[step]
             t.note(ACCEPTED if rule.accept([t], [errors[step]])[0] else REJECTED, errors[step])
     return "".join(t.decisions)
 
@@ -79,7 +78,9 @@ def test_released_verdict_is_the_batch_mean() -> None:
     rule = controller(config(controller="released"))
     rows = [Trajectory(i, (i,)) for i in range(2)]
     assert rule.accept(rows, [0.0, 1.0]) == [True, True]
-    assert [t.error for t in rows] == [0.5, 0.5]
+    assert rule.judged([0.0, 1.0]) == [0.5, 0.5]
+    rows[0].note(ACCEPTED, 0.5)
+    assert rows[0].error == 0.5
 
 
 def test_config_is_frozen_and_strict() -> None:

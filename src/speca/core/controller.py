@@ -64,6 +64,7 @@ class Trajectory:
         self.errors.append(error)
         if letter == ACCEPTED:
             self.streak += 1
+            self.error = self.error if error is None else error
         else:
             self.fulls += 1
             self.streak, self.error = 0, None
@@ -83,6 +84,10 @@ class Controller(ABC):
     @abstractmethod
     def plan(self, trajectory: Trajectory) -> Plan:
         """What this sample does at its current step."""
+
+    def judged(self, errors: Sequence[float]) -> list[float]:
+        """The errors verdicts are passed on: each sample's own."""
+        return list(errors)
 
     def accept(self, trajectories: Sequence[Trajectory], errors: Sequence[float]) -> list[bool]:
         """Verdict on each checked draft: accept while `e <= tau`. NaN is never accepted, nor anything at tau 0."""
@@ -133,10 +138,10 @@ class ReleasedController(Controller):
                 return Plan.FULL
         return Plan.CHECKED if t.streak >= c.min_draft else Plan.UNCHECKED
 
+    def judged(self, errors: Sequence[float]) -> list[float]:
+        return [sum(errors) / len(errors)] * len(errors)
+
     def accept(self, trajectories: Sequence[Trajectory], errors: Sequence[float]) -> list[bool]:
-        mean = sum(errors) / len(errors)
-        for trajectory in trajectories:
-            trajectory.error = mean
         return [True] * len(errors)
 
 
