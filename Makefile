@@ -4,7 +4,7 @@
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix clean
+.PHONY: help demo test sweep check fix clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -27,6 +27,9 @@ demo: $(STAMP)  ## ten garments with and without SpeCa, side by side, into demo-
 
 test: $(STAMP)  ## the test suite (ARGS="-m 'not slow'" for the quick part)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+sweep: $(STAMP)  ## try every transformer class of diffusers and write docs/models.md (about a minute)
+	PYTHONPATH=src:tests $(BIN)/python -W ignore -m sweep
 
 check: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .

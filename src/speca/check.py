@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import SpecaConfig
-from .pipeline import ATTRIBUTE, disable, enable, transformers_of
+from .pipeline import disable, enable, transformers_of
+from .run import ATTRIBUTE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,10 @@ def check(
     """
     enable(target, preset, **settings)
     try:
-        call()
         runs = [m.__dict__[ATTRIBUTE] for m in transformers_of(target)]
+        for run in runs:
+            run.curious = True
+        call()
         return _finding(next((r for r in runs if r.findings), runs[0]))
     finally:
         disable(target)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, Protocol
 
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import nn
 
+PIPELINE_CLASSES = frozenset({"DiffusionPipeline", "ModularPipeline"})
+MAX_FRAMES = 40
+
 
 class Run(Protocol):
     """What the hook hands calls to."""
 
-    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any: ...
+    def call(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any, caller: Any
+    ) -> Any: ...
 
-    def end(self) -> None: ...
+    def end(self, caller: Any = None) -> None: ...
 
 
 class _State(BaseState):
@@ -23,6 +31,26 @@ class _State(BaseState):
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+class _Contexts(StateManager):
+    """The cache context that a pipeline has set, for each thread its own: two may share the transformer."""
+
+    def __init__(self) -> None:
+        super().__init__(_State)
+        self._by_thread: dict[int, Any] = {}
+
+    def set_context(self, context: Any) -> None:
+        """Called by `cache_context` on entry, and with None on exit."""
+        if context is None:
+            self._by_thread.pop(threading.get_ident(), None)
+        else:
+            self._by_thread[threading.get_ident()] = context
+
+    @property
+    def here(self) -> Any:
+        """The context of the calling thread, None outside of any."""
+        return self._by_thread.get(threading.get_ident())
 
 
 class _RootHook(ModelHook):
@@ -33,17 +61,38 @@ class _RootHook(ModelHook):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
-        self.contexts = StateManager(_State)
+        self.contexts = _Contexts()
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        context = getattr(self.contexts, "_context", None) or getattr(self.contexts, "_current_context", None)
-        return self.run.call(self.fn_ref.original_forward, args, kwargs, context)
+        return self.run.call(self.fn_ref.original_forward, args, kwargs, self.contexts.here, calling_pipeline())
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        self.run.end()
+        self.run.end(calling_pipeline())
         return module
 
 
 def root_hook(run: Run) -> ModelHook:
     """The hook that answers a transformer's calls through `run`."""
     return _RootHook(run)
+
+
+def calling_pipeline() -> Any:
+    """The pipeline whose method is calling the transformer, None where there is none, as in one's own sampling loop.
+
+    Pipelines share transformers, and nothing in a call says whose it is. But the step can only be told from the
+    scheduler of the pipeline that is calling, so the caller is looked up on the stack, as a debugger would.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(MAX_FRAMES):
+        if frame is None:
+            break
+        code = frame.f_code
+        # Frames of torch are passed over: they hold modules as `self`, and there are many of them.
+        if not str(frame.f_globals.get("__name__")).startswith("torch."):
+            for name in ("self", "components"):  # blocks of modular pipelines are handed their pipeline
+                if name in code.co_varnames[: code.co_argcount]:
+                    value = frame.f_locals.get(name)
+                    if PIPELINE_CLASSES & {c.__name__ for c in type(value).__mro__}:
+                        return value
+        frame = frame.f_back
+    return None

@@ -57,15 +57,16 @@ class SampleReport:
 
     @classmethod
     def merge(cls, index: int, trajectories: Sequence[Trajectory]) -> SampleReport:
-        """The report of one image from its records in all branches."""
-        length = max(len(t.decisions) for t in trajectories)
-        decisions, errors = [], []
-        for i in range(length):
-            here = [t for t in trajectories if i < len(t.decisions)]
-            decisions.append(max((t.decisions[i] for t in here), key=COST.__getitem__))
-            measured = [e for t in here if (e := t.errors[i]) is not None]
-            errors.append(max(measured, default=None))
-        return cls(index, "".join(decisions), tuple(errors))
+        """The report of one image from its records in all branches, which need not take part in every step."""
+        letters: dict[int, list[str]] = {}
+        measured: dict[int, list[float]] = {}
+        for t in trajectories:
+            for step, letter, error in zip(t.steps, t.decisions, t.errors, strict=True):
+                letters.setdefault(step, []).append(letter)
+                measured.setdefault(step, []).extend([] if error is None else [error])
+        steps = sorted(letters)
+        decisions = "".join(max(letters[step], key=COST.__getitem__) for step in steps)
+        return cls(index, decisions, tuple(max(measured[step], default=None) for step in steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Report:
     """What the last run of a pipeline or transformer cost and saved.
 
     Attributes:
-        model: class of the transformer.
+        model: class of the transformer; where a pipeline has several, of all that took part.
         config: the settings used, as plain values.
         steps: denoising steps.
         samples: one report per image.

@@ -23,6 +23,7 @@ from .core.controller import ACCEPTED, FULL, REJECTED, Plan, Trajectory, control
 from .core.forecast import forecaster
 from .core.history import History
 from .core.verify import error_function
+from .errors import UnsupportedModelError
 from .model import rows as rowwise
 from .model.calls import Position
 from .model.gate import Features, Gate, Mode
@@ -57,7 +58,10 @@ class Branch:
     trajectories: list[Trajectory]
     history: History | None = None
     layouts: tuple[rowwise.Layout, ...] = ()
-    bytes: int = 0
+    shapes: tuple[torch.Size, ...] = ()  # of one row of each kept feature
+    trouble: str = ""  # why drafting was given up in mid-run
+    uneven: bool = False  # rows use their inputs to different lengths, so they may be ragged
+    idle: bool = False  # the run is too short to draft any step: run plainly, keep nothing
 
     @classmethod
     def begin(cls, rows: int, per_sample: int) -> Branch:
@@ -71,10 +75,36 @@ class Branch:
         self.trajectories = [
             dataclasses.replace(
                 tied[row], sample=row, rows=(row,), anchors=list(tied[row].anchors),
-                decisions=list(tied[row].decisions), errors=list(tied[row].errors),
+                steps=list(tied[row].steps), decisions=list(tied[row].decisions), errors=list(tied[row].errors),
             )
             for row in range(self.rows)
         ]  # fmt: skip
+
+    @property
+    def last(self) -> int:
+        """Index of the last step this branch took part in, -1 before the first."""
+        steps = self.trajectories[0].steps
+        return steps[-1] if steps else -1
+
+    def restart(self) -> None:
+        """Drop the features and begin again with the warm-up; the records stay."""
+        self.history = None
+        for trajectory in self.trajectories:
+            trajectory.restart()
+
+    def give_up(self, position: Position, why: str) -> None:
+        """Run this branch plainly from this step on."""
+        self.history, self.idle, self.trouble = None, True, why
+        for trajectory in self.trajectories:
+            if trajectory.steps[-1] == position.index:
+                trajectory.decisions[-1], trajectory.errors[-1] = FULL, None
+            else:
+                trajectory.note(FULL)
+
+    def stand_at(self, position: Position) -> None:
+        """Tell every record where this step stands."""
+        for trajectory in self.trajectories:
+            trajectory.step, trajectory.total = position.index, position.total
 
     @property
     def tied(self) -> bool:
@@ -110,12 +140,25 @@ class Speculator:
         self.spent = Spent()
 
     def play(self, work: Work) -> Any:
-        """Answer one call; the records of its branch are updated, the output has all its rows."""
+        """Answer one call; the records of its branch are updated, the output has all its rows.
+
+        Where features turn out not to fit those kept, as the first call could not show, the rest of the branch is run
+        plainly; `branch.trouble` says why.
+        """
+        try:
+            return self._play(work)
+        except UnsupportedModelError as problem:
+            work.branch.give_up(work.position, str(problem))
+            return work.forward(**work.arguments)
+
+    def _play(self, work: Work) -> Any:
         began, branch = time.perf_counter(), work.branch
+        assert work.finding.learnt is not None
+        self.gate.arm(work.finding.learnt)
         # Plan: each sample from its own record.
         plans: dict[Plan, list[Trajectory]] = {plan: [] for plan in Plan}
+        branch.stand_at(work.position)
         for trajectory in branch.trajectories:
-            trajectory.step, trajectory.total = work.position.index, work.position.total
             plans[self.controller.plan(trajectory)].append(trajectory)
         # Draft, and verify where that was planned.
         parts, rejected = self._check(work, plans[Plan.CHECKED]) if plans[Plan.CHECKED] else ([], [])
@@ -138,14 +181,18 @@ class Speculator:
         self, branch: Branch, trajectories: Sequence[Trajectory], position: Position, features: Features
     ) -> None:
         """Keep the features of a full pass over the rows of `trajectories` as their newest anchor."""
-        rows = _rows(trajectories)
-        streams = [*features.state, *features.outputs]
+        rows, learnt = _rows(trajectories), self.gate.learnt
+        assert learnt is not None
+        streams = zip([*features.state, *features.outputs], learnt.layouts, strict=True)
+        first = [rowwise.rows_first(stream, len(rows), kind) for stream, kind in streams]
         if branch.history is None:
             branch.history = History(self.config.anchors, branch.rows, self.history_dtype)
-            branch.layouts = tuple(rowwise.layout(s, len(rows)) for s in streams)
-        first = [rowwise.rows_first(s, len(rows), k) for s, k in zip(streams, branch.layouts, strict=True)]
+            branch.layouts, branch.shapes = learnt.layouts, tuple(f.shape[1:] for f in first)
+        if learnt.ragged:  # a part of the batch may have less padding than the whole batch had
+            first = [rowwise.fit(f, (len(rows), *shape)) for f, shape in zip(first, branch.shapes, strict=True)]
+        if any(f.shape[1:] != shape for f, shape in zip(first, branch.shapes, strict=True)):
+            raise UnsupportedModelError("some rows of the batch have block features of another shape than all of them.")
         branch.history.push(rows, first)
-        branch.bytes = max(branch.bytes, branch.history.bytes())
         for trajectory in trajectories:
             trajectory.anchors = [self._where(position), *trajectory.anchors][: self.config.anchors]
 
@@ -157,28 +204,44 @@ class Speculator:
                 self.record(work.branch, trajectories, work.position, self.gate.features)
         return out
 
-    def _draft(self, work: Work, trajectories: Sequence[Trajectory], mode: Mode) -> tuple[Any, Features, Features]:
-        """The output of a draft, the forecast it used (rows first), and the features the verify block gave."""
-        branch, rows, count = work.branch, _rows(trajectories), len(self.gate.state)
+    def _draft(self, work: Work, trajectories: Sequence[Trajectory], mode: Mode) -> tuple[Any, list[Tensor]]:
+        """The output of a draft and, where it is checked, the errors (n,) of its rows, possibly in parts.
+
+        Ragged rows are drafted one by one: what a row counts as its tokens must not depend on its batch-mates.
+        """
+        assert self.gate.learnt is not None
+        rows, by_row = _rows(trajectories), {row: t for t in trajectories for row in t.rows}
+        parts = [[i] for i in range(len(rows))] if self.gate.learnt.ragged else [list(range(len(rows)))]
+        outputs, errors = [], []
+        for part in parts:
+            drafted = [rows[i] for i in part]
+            weights = self._weights([by_row[row] for row in drafted], work.position)
+            out, error = self._draft_rows(work, drafted, weights, mode)
+            outputs.append((part, out))
+            errors += [] if error is None else [error]
+        return rowwise.merge(outputs, len(rows)), errors
+
+    def _draft_rows(self, work: Work, rows: list[int], weights: Tensor, mode: Mode) -> tuple[Any, Tensor | None]:
+        """One forward as a draft of `rows`: its output and, where it is checked, their errors (n,)."""
+        branch, count = work.branch, len(self.gate.state)
         assert branch.history is not None
-        by_row = {row: t for t in trajectories for row in t.rows}
-        weights = self._weights([by_row[row] for row in rows], work.position)
         streams = branch.history.forecast(rows, weights)
         given = [rowwise.as_given(s, k) for s, k in zip(streams, branch.layouts, strict=True)]
         with self._gated(mode):
             self.gate.forecast = Features(given[:count], given[count:])
-            out = work.run(rows)
-            real = self.gate.features or Features([], [])
-        return out, Features(streams[:count], streams[count:]), real
+            out, real = work.run(rows), self.gate.features
+        if real is None:
+            return out, None
+        kind = branch.layouts[count + work.finding.main]
+        computed = rowwise.rows_first(real.outputs[work.finding.main], len(rows), kind)
+        return out, self.error(rowwise.fit(streams[count + work.finding.main], computed.shape), computed)
 
     def _check(
         self, work: Work, trajectories: Sequence[Trajectory]
     ) -> tuple[list[tuple[list[int], Any]], list[Trajectory]]:
         """Draft, verify and judge; returns the output of the accepted rows and the rejected trajectories."""
-        out, forecast, real = self._draft(work, trajectories, Mode.CHECKED)
-        rows, main = _rows(trajectories), work.finding.main
-        kind = work.branch.layouts[len(self.gate.state) + main]
-        errors = self.error(forecast.outputs[main], rowwise.rows_first(real.outputs[main], len(rows), kind))
+        out, parts = self._draft(work, trajectories, Mode.CHECKED)
+        rows, errors = _rows(trajectories), parts[0] if len(parts) == 1 else torch.cat(parts)
         by_row = dict(zip(rows, self._read(errors), strict=True))
         # An image's cond and uncond share one verdict: guidance would amplify the gap between a full and a draft one.
         errors_of = self.controller.judged([_worst([by_row[row] for row in t.rows]) for t in trajectories])

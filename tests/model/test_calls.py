@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from torch import Tensor
 
-from speca.model.calls import Call, Clock
+from speca.model.calls import MAX_BRANCHES, Branches, Call, Clock
 
 
 def clock(scheduler: Any) -> Clock:
     return Clock(lambda: scheduler, None)
 
 
-def placed(call: Call | None) -> tuple[int, str, bool]:
+def placed(call: Call | None) -> tuple[int, bool]:
     assert call is not None
-    return call.position.index, call.branch, call.fresh
+    return call.position.index, call.fresh
+
+
+def named(branches: Branches, calls: Iterable[tuple[int, str | None, object, Tensor]]) -> list[str | None]:
+    """Names of calls given as (step, context, shape, condition)."""
+    return [branches.name(step, context, shape, {"encoder": condition}) for step, context, shape, condition in calls]
 
 
 @pytest.mark.parametrize("scale", [lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000, lambda t: t.bfloat16()])
@@ -27,8 +34,8 @@ def test_any_scale_is_looked_up(scale: Any) -> None:
     scheduler.set_timesteps(50)
     c = clock(scheduler)
     for i, t in enumerate(scheduler.timesteps):
-        call = c.place(scale(t.float()).expand(3), None, 0)
-        assert placed(call) == (i, "call", i == 0)
+        call = c.place(scale(t.float()).expand(3))
+        assert placed(call) == (i, i == 0)
         assert call is not None and call.position.total == 50
         assert call.position.noise == pytest.approx(float(t) / 1000)
 
@@ -39,26 +46,51 @@ def test_a_view_of_the_timesteps_needs_no_value() -> None:
     c = clock(scheduler)
     scheduler.timesteps.tolist()
     c._read = None  # type: ignore[method-assign,assignment]  # reading would fail
-    assert [placed(c.place(t.expand(4), None, 0))[0] for t in scheduler.timesteps] == list(range(20))
+    assert [placed(c.place(t.expand(4)))[0] for t in scheduler.timesteps] == list(range(20))
 
 
-def test_branches_by_ordinal_and_by_name() -> None:
+@pytest.mark.parametrize("begin", [0, 3])
+def test_a_scheduler_that_keeps_its_index_spares_reading_the_device(begin: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(5)
-    c = clock(scheduler)
-    seen = [placed(c.place(t.expand(2), None, 0)) for t in scheduler.timesteps for _ in range(2)]
-    assert [b for _, b, _ in seen] == ["call", "call#2"] * 5
-    c.reset()
-    names = [placed(c.place(t.expand(2), SimpleNamespace(name=n), 0))[1] for t in scheduler.timesteps for n in "ab"]
-    assert names == ["a", "b"] * 5
+    scheduler.set_timesteps(8)
+    scheduler.set_begin_index(begin)
+    c, x = clock(scheduler), torch.zeros(1, 2)
+    unreadable = torch.empty(2, device="meta")  # a tensor on a device, made from the timestep
+    for i in range(begin, 8):
+        assert placed(c.place(unreadable)) == (i, i == begin)
+        x = scheduler.step(x, scheduler.timesteps[i], x).prev_sample
+    assert c.device_reads == 0
 
 
-def test_guidance_that_stops_half_way_does_not_shift_the_branch() -> None:
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(6)
-    c = clock(scheduler)
-    seen = [placed(c.place(t, None, 0))[1] for i, t in enumerate(scheduler.timesteps) for _ in range(2 if i < 3 else 1)]
-    assert seen == ["call", "call#2"] * 3 + ["call"] * 3
+def test_branches_by_name_and_by_order() -> None:
+    def fresh() -> Tensor:
+        return torch.zeros(1)  # a pipeline that makes its conditions anew at each step leaves only the order
+
+    b = Branches()
+    assert named(b, ((i, None, 0, fresh()) for i in range(4) for _ in range(3))) == ["call", "call#2", "call#3"] * 4
+    b.reset()
+    assert named(b, ((i, n, 0, fresh()) for i in range(4) for n in "ab")) == ["a", "b"] * 4
+    assert named(b, ((i, None, shape, fresh()) for i in range(4) for shape in "xy")) == ["call", "call#2"] * 4
+
+
+@pytest.mark.parametrize("first", ["cond", "uncond"])
+def test_guidance_that_stops_or_starts_half_way_does_not_shift_the_branch(first: str) -> None:
+    order = [first, "uncond" if first == "cond" else "cond"]
+    text = {name: torch.zeros(1) for name in order}
+    during = [[n for n in order if n == "cond" or guided] for guided in (False, True, True, False, False, True)]
+    b = Branches()
+    seen: dict[str, set[str | None]] = {name: set() for name in order}
+    for step, names in enumerate(during):
+        for name, got in zip(names, named(b, [(step, None, 0, text[n]) for n in names]), strict=True):
+            seen[name].add(got)
+    assert seen == {"cond": {"call"}, "uncond": {"call#2"}}
+
+
+def test_a_condition_changed_in_mid_run_is_another_branch_and_their_number_is_bounded() -> None:
+    b, kept = Branches(), [torch.zeros(1) for _ in range(20)]
+    names = named(b, [(i, None, 0, t) for i, t in enumerate(kept)])
+    assert names[:3] == ["call", "call#2", "call#3"] and len(set(names)) == MAX_BRANCHES
+    assert named(b, ((30, None, 0, torch.zeros(1)) for _ in range(9))) == [*names[:MAX_BRANCHES], None]
 
 
 def test_second_order_schedulers_are_placed_on_their_own_list() -> None:
@@ -67,34 +99,65 @@ def test_second_order_schedulers_are_placed_on_their_own_list() -> None:
     c, x = clock(scheduler), torch.zeros(1, 2)
     indices = []
     for t in scheduler.timesteps:
-        indices.append(placed(c.place(t.clone(), None, 0))[:2])
+        indices.append(placed(c.place(t.clone()))[0])
         x = scheduler.step(torch.ones(1, 2), t, x).prev_sample
-    assert indices == [(i, "call") for i in range(len(scheduler.timesteps))]
+    assert indices == list(range(len(scheduler.timesteps)))
 
 
-def test_new_trajectory_on_new_timesteps_going_back_or_another_shape() -> None:
+def test_new_trajectory_on_new_timesteps_or_going_back() -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(8)
     c = clock(scheduler)
     t = scheduler.timesteps
-    assert [placed(c.place(t[i], None, 0))[2] for i in (0, 1, 2, 1)] == [True, False, False, True]
-    assert placed(c.place(t[2], None, "other"))[2]
+    assert [placed(c.place(t[i]))[1] for i in (0, 1, 2, 1)] == [True, False, False, True]
     scheduler.set_timesteps(8)
-    assert placed(c.place(scheduler.timesteps[3], None, "other"))[2]
+    assert placed(c.place(scheduler.timesteps[3]))[1]
     c.reset()
-    assert placed(c.place(scheduler.timesteps[4], None, "other"))[2]
+    assert placed(c.place(scheduler.timesteps[4]))[1]
+
+
+def test_steps_left_out_are_seen() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(8)
+    c, t = clock(scheduler), scheduler.timesteps
+    calls = [c.place(t[i]) for i in (3, 3, 4, 6, 7)]
+    assert [call.jumped for call in calls if call] == [False, False, False, True, False]
 
 
 def test_context_with_index_wins() -> None:
     c = Clock(None, None)
     context = SimpleNamespace(name="cond", step_index=3, num_inference_steps=9, sigma=None)
-    call = c.place(torch.tensor([77.0]), context, 0)
-    assert placed(call) == (3, "cond", True) and call is not None and call.position.total == 9
+    call = c.place(torch.tensor([77.0]), context)
+    assert placed(call) == (3, True) and call is not None and call.position.total == 9
+
+
+def test_clean_tokens_of_a_given_frame_do_not_hide_the_step() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(10)
+    time = scheduler.timesteps[4].clone() * torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(2, 4)
+    assert placed(clock(scheduler).place(time))[0] == 4
+
+
+def test_a_time_of_the_pipelines_own_making_is_placed_by_the_scheduler() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(6)
+    c, x, seen = clock(scheduler), torch.zeros(1), []
+    for t in scheduler.timesteps:
+        seen.append(placed(c.place(torch.tensor([-1e4 - float(t)])))[0])
+        x = scheduler.step(x, t, x).prev_sample
+    assert seen == list(range(6))
+
+
+def test_a_scheduler_that_stands_still_is_not_the_one_in_use() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(6)
+    c = clock(scheduler)
+    assert [c.place(torch.tensor([-1e4 - i])) is None for i in (0, 0, 1, 2)] == [False, False, True, True]
 
 
 def test_what_cannot_be_placed_is_not_guessed() -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(10)
-    assert clock(scheduler).place(torch.tensor(-500.0), None, 0) is None
-    assert clock(scheduler).place(torch.tensor([900.0, 100.0]), None, 0) is None
-    assert Clock(None, None).place(torch.tensor(3.0), None, 0) is None
+    assert clock(scheduler).place(torch.tensor(-500.0)) is None
+    assert clock(scheduler).place(torch.tensor([900.0, 100.0])) is None
+    assert Clock(None, None).place(torch.tensor(3.0)) is None

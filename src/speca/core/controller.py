@@ -38,7 +38,8 @@ class Trajectory:
         streak: drafts since the last full step.
         error: error of the last verified draft since the last full step, None if there is none.
         anchors: positions of kept full steps, newest first.
-        decisions: one letter a step: F full, A accepted, R rejected and recomputed.
+        steps: indices of the steps it took part in; guidance may leave some out.
+        decisions: one letter for each of them: F full, A accepted, R rejected and recomputed.
         errors: verification error of each step, None where nothing was verified.
     """
 
@@ -50,6 +51,7 @@ class Trajectory:
     streak: int = 0
     error: float | None = None
     anchors: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
     errors: list[float | None] = field(default_factory=list)
 
@@ -60,6 +62,7 @@ class Trajectory:
 
     def note(self, letter: str, error: float | None = None) -> None:
         """Write down what happened at the current step."""
+        self.steps.append(self.step)
         self.decisions.append(letter)
         self.errors.append(error)
         if letter == ACCEPTED:
@@ -68,6 +71,10 @@ class Trajectory:
         else:
             self.fulls += 1
             self.streak, self.error = 0, None
+
+    def restart(self) -> None:
+        """Begin again with the warm-up, as after steps that were left out; what was noted stays."""
+        self.fulls, self.streak, self.error, self.anchors = 0, 0, None, []
 
 
 class Controller(ABC):
@@ -80,6 +87,10 @@ class Controller(ABC):
         """`tau_t = tau_0 * beta ** ((T - t) / T)`, SpeCa's schedule: loose at the noisy start, tight at the end."""
         c = self.config
         return max(c.threshold * float(c.threshold_decay**trajectory.progress), c.threshold_floor)
+
+    def idle(self, steps: int) -> bool:
+        """Whether a run of so few steps leaves nothing to draft."""
+        return steps <= self.config.warmup + self.config.final
 
     @abstractmethod
     def plan(self, trajectory: Trajectory) -> Plan:
@@ -126,6 +137,9 @@ class ReleasedController(Controller):
     The step after a full one is always a draft, even inside the warm-up; a draft whose error, averaged over the whole
     batch, exceeds the threshold is kept all the same and only makes the *next* step full.
     """
+
+    def idle(self, steps: int) -> bool:
+        return steps < 2
 
     def plan(self, trajectory: Trajectory) -> Plan:
         c, t = self.config, trajectory

@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
+from .rows import Layout, fit
+
 
 class Mode(enum.Enum):
     """What the stand-ins do during one forward."""
+
+    drafts: bool
+
+    def __init__(self, value: str) -> None:
+        self.drafts = value in ("pass", "checked", "unchecked")
 
     OFF = "off"  # the list yields its own blocks
     TRACE = "trace"  # call each block and learn which input each output continues
@@ -33,6 +42,7 @@ class Slots:
 
     is_tuple: bool
     names: tuple[str | None, ...]
+    quick: Callable[[Sequence[Any], dict[str, Any]], Any] | None = None  # hands inputs through as they were given then
 
 
 @dataclass
@@ -41,6 +51,25 @@ class Features:
 
     state: list[Tensor]
     outputs: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What one kind of call taught.
+
+    Attributes:
+        verify: the block that checks.
+        state: its arguments that are forecast.
+        slots: what each block hands through.
+        layouts: where each feature, state first and then outputs, carries its rows.
+        ragged: whether a row alone has fewer tokens than in its batch.
+    """
+
+    verify: StandIn
+    state: tuple[str, ...]
+    slots: tuple[tuple[StandIn, Slots | None], ...]
+    layouts: tuple[Layout, ...]
+    ragged: bool = False
 
 
 class GatedModuleList(nn.ModuleList):
@@ -71,7 +100,13 @@ class StandIn:
         return getattr(self.block, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.gate.run(self, args, kwargs)
+        gate, slots = self.gate, self.slots
+        if gate.mode.drafts and slots is not None and slots.quick is not None and self is not gate.verify:
+            try:
+                return slots.quick(args, kwargs)  # half a microsecond: all that a skipped block costs
+            except LookupError:  # given by name what was given by position when it was learnt, or the other way round
+                pass
+        return gate.run(self, args, kwargs)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name; surplus positional ones as "*0", "*1", ..."""
@@ -89,8 +124,11 @@ class StandIn:
                 positional[self.parameters_of.index(name)] = value
         return self.block(*positional, **named)
 
-    def learn(self, bound: dict[str, Any], out: Any) -> None:
-        """Find the argument each output continues: same shape, and nearest in value as blocks are residual."""
+    def learn(self, bound: dict[str, Any], out: Any, given: int) -> None:
+        """Find the argument each output continues: same shape, and nearest in value as blocks are residual.
+
+        `given` is the number of arguments that were positional.
+        """
         outputs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
         names: list[str | None] = []
         for o in outputs:
@@ -102,7 +140,9 @@ class StandIn:
             }  # fmt: skip
             names.append(min(free, key=lambda n: float((free[n].float() - o.float()).norm())) if free else None)
         passable = bool(names) and all(n is not None or o is None for n, o in zip(names, outputs, strict=True))
-        self.slots = Slots(not isinstance(out, Tensor), tuple(names)) if passable and any(names) else None
+        found = passable and any(names)
+        is_tuple = not isinstance(out, Tensor)
+        self.slots = Slots(is_tuple, tuple(names), _quick(is_tuple, names, list(bound)[:given])) if found else None
 
     def pass_through(self, bound: dict[str, Any]) -> Any:
         """The inputs in the structure of the outputs."""
@@ -121,6 +161,7 @@ class Gate:
     stand_ins: dict[str, list[StandIn]] = field(default_factory=dict)
     verify: StandIn | None = None
     state: tuple[str, ...] = ()
+    learnt: Learnt | None = None
     called: list[StandIn] = field(default_factory=list)
     bound: dict[str, Any] = field(default_factory=dict)
     features: Features | None = None
@@ -144,6 +185,20 @@ class Gate:
         self.lists.clear()
         self.forget()
 
+    def learn(self, layouts: Sequence[Layout], *, ragged: bool) -> Learnt:
+        """What the traced call taught, to be given back to `arm` at later calls of its kind."""
+        assert self.verify is not None
+        slots = tuple((s, s.slots) for known in self.stand_ins.values() for s in known)
+        self.learnt = Learnt(self.verify, self.state, slots, tuple(layouts), ragged)
+        return self.learnt
+
+    def arm(self, learnt: Learnt) -> None:
+        """Prepare for calls of the kind `learnt` was learnt from."""
+        if learnt is not self.learnt:
+            self.learnt, self.verify, self.state = learnt, learnt.verify, learnt.state
+            for stand_in, slots in learnt.slots:
+                stand_in.slots = slots
+
     def forget(self) -> None:
         """Drop the tensors of the last pass."""
         self.mode, self.bound, self.features, self.forecast = Mode.OFF, {}, None, None
@@ -157,10 +212,12 @@ class Gate:
                 return stand_in.block(*args, **kwargs)
             return stand_in.pass_through(stand_in.bind(args, kwargs))
         if self.mode is Mode.UNCHECKED:
-            return self._substitute(stand_in)
+            return self._substitute(stand_in, stand_in.bind(args, kwargs))
         if self.mode is Mode.CHECKED:
             assert self.forecast is not None
-            out = stand_in.call_with(args, kwargs, dict(zip(self.state, self.forecast.state, strict=True)))
+            bound = stand_in.bind(args, kwargs)
+            given = {n: self._fitted(f, bound[n]) for n, f in zip(self.state, self.forecast.state, strict=True)}
+            out = stand_in.call_with(args, kwargs, given)
         else:
             out = stand_in.block(*args, **kwargs)
         self.bound = stand_in.bind(args, kwargs) if self.mode is Mode.PASS else {}
@@ -173,18 +230,44 @@ class Gate:
         # A block may write into its inputs, so what the last one was given is kept as a copy.
         kept = {n: v.clone() if isinstance(v, Tensor) else v for n, v in bound.items()}
         out = stand_in.block(*args, **kwargs)
-        stand_in.learn(kept, out)
+        stand_in.learn(kept, out, len(args))
         if stand_in.slots is not None:
             self.called.append(stand_in)
             self.verify, self.bound = stand_in, kept
             self.features = Features([], [o.clone() for o in tensors_of(out)])
         return out
 
-    def _substitute(self, stand_in: StandIn) -> Any:
+    def _substitute(self, stand_in: StandIn, bound: dict[str, Any]) -> Any:
         assert self.forecast is not None and stand_in.slots is not None
         outputs = iter(self.forecast.outputs)
-        values = tuple(None if name is None else next(outputs) for name in stand_in.slots.names)
+        names = stand_in.slots.names
+        values = tuple(None if name is None else self._fitted(next(outputs), bound[name]) for name in names)
         return values if stand_in.slots.is_tuple else values[0]
+
+    def _fitted(self, forecast: Tensor, like: Tensor) -> Tensor:
+        """Of a ragged row: forecasts come with as many tokens as the longest row of the batch had."""
+        if forecast.shape == like.shape:
+            return forecast
+        if self.learnt is None or not self.learnt.ragged:
+            raise UnsupportedModelError(
+                f"these rows have features of shape {tuple(like.shape)} where {tuple(forecast.shape)} was kept of them."
+            )
+        return fit(forecast, like.shape)
+
+
+def _quick(
+    is_tuple: bool, names: Sequence[str | None], positional: Sequence[str]
+) -> Callable[[Sequence[Any], dict[str, Any]], Any] | None:
+    """A fast `pass_through` for calls that give the same arguments by position, None where there is none."""
+    if None in names or is_tuple == (len(names) == 1):
+        return None
+    if all(name in positional for name in names):
+        by_place = itemgetter(*(positional.index(str(name)) for name in names))
+        return lambda args, kwargs: by_place(args)
+    if not any(name in positional for name in names):
+        by_name = itemgetter(*names)
+        return lambda args, kwargs: by_name(kwargs)
+    return None
 
 
 LIST_TYPES = (nn.ModuleList, GatedModuleList)

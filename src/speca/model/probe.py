@@ -4,9 +4,11 @@ The first full step of a model is followed, once, by a few cheap passes of the s
 
 1. pass: every block hands its inputs through, and the verify block shows which of its arguments change. These are the
    *state* that skipped blocks carry, and only they are forecast.
-2. one row alone, in full: the rows of the inputs were found correctly, and whatever the blocks keep on the side now
-   belongs to another call.
-3. replay: the same call as a draft fed the exact features must give the full output, checked and unchecked.
+2. one row alone, in full: it must give what it gave in its batch, so the rows of the inputs were found correctly. Its
+   features show where rows lie in those of the batch, and whether they are *ragged*: fewer tokens alone than in the
+   batch. Whatever the blocks keep on the side now belongs to another call.
+3. replay: the same call as a draft fed the exact features must give the full output, checked and unchecked; where rows
+   are ragged, the row alone as well.
 
 Anything else means a hidden path around the verify block, and the model is then run plainly.
 """
@@ -14,16 +16,16 @@ Anything else means a hidden path around the verify block, and the model is then
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UnsupportedModelError
 from . import rows as rowwise
-from .gate import Features, Gate, Mode
+from .gate import Features, Gate, Learnt, Mode
 
 Forward = Callable[..., Any]
 
@@ -42,6 +44,8 @@ class Discovery:
     flops_full: float | None = None
     flops_checked: float | None = None
     flops_unchecked: float | None = None
+    ragged: bool = False
+    learnt: Learnt | None = field(default=None, repr=False, compare=False)  # for the gate, at later calls of this kind
 
     @property
     def depth(self) -> int:
@@ -56,12 +60,14 @@ def discover(gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int)
     `gate.features`, ready to be recorded, if the model is supported.
     """
     fresh = _Fresh(arguments, rows)
-    gate.called, gate.verify, gate.state, gate.mode = [], None, (), Mode.TRACE
+    gate.called, gate.verify, gate.state, gate.learnt, gate.mode = [], None, (), None, Mode.TRACE
     out = forward(**fresh())
     if gate.verify is None:
         return out, Discovery(False, _no_blocks(gate))
     try:
         finding = _examine(gate, forward, fresh, out)
+    except UnsupportedModelError as problem:
+        finding = Discovery(False, str(problem))
     except Exception as problem:  # whatever a foreign model raises when it is skipped: run it plainly
         finding = Discovery(False, f"a skipped pass raised {type(problem).__name__}: {problem}")
     if not finding.supported:
@@ -81,13 +87,16 @@ class _Fresh:
     def __call__(self, rows: Sequence[int] | None = None) -> dict[str, Any]:
         return rowwise.select(self.arguments, range(self.rows) if rows is None else rows, self.rows)
 
-    def other(self) -> dict[str, Any]:
-        """A different call of one row: row 0 alone, or with one row the same input scaled."""
+    def other(self) -> tuple[dict[str, Any], int | None]:
+        """A different call of one row, and which row it is: of several rows the one that uses the least of its inputs,
+        the last of equals; with one row the same input scaled, which is none of them."""
         if self.rows > 1:
-            return self([0])
-        name, value = next(iter(self.arguments.items()))
+            weights = rowwise.weights(self.arguments, self.rows)
+            row = min(reversed(range(self.rows)), key=weights.__getitem__)
+            return self([row]), row
+        name, value = next((n, v) for n, v in self.arguments.items() if _is_floating(v))
         scaled = value * 0.9 if isinstance(value, Tensor) else [v * 0.9 for v in value]
-        return {**self(), name: scaled}
+        return {**self(), name: scaled}, None
 
 
 def _examine(gate: Gate, forward: Forward, fresh: _Fresh, out: Any) -> Discovery:
@@ -95,32 +104,29 @@ def _examine(gate: Gate, forward: Forward, fresh: _Fresh, out: Any) -> Discovery
     assert verify is not None and verify.slots is not None and reference is not None
     given = gate.bound
     flops: dict[str, float] = {}
+    compiled = _is_compiled(gate.model, forward)
 
     gate.mode = Mode.PASS
-    flops["checked"] = _counted(lambda: forward(**fresh()))[1] / fresh.rows
-    state = tuple(name for name, value in given.items() if _differs(value, gate.bound[name]))
-    if not state:
-        raise UnsupportedModelError("the verify block's inputs do not depend on the blocks before it.")
-    loose = [name for name in state if not isinstance(given[name], Tensor)]
-    if loose:
-        raise UnsupportedModelError(f"the verify block carries state in arguments that are no tensors: {loose}.")
-    gate.state = state
-    features = Features([given[name] for name in state], reference.outputs)
+    flops["checked"] = _counted(lambda: forward(**fresh()), compiled)[1] / fresh.rows
+    gate.state = _state(given, gate.bound)
+    features = Features([given[name] for name in gate.state], reference.outputs)
 
     gate.mode = Mode.FULL
-    alone, flops["full"] = _counted(lambda: forward(**fresh.other()))
-    if fresh.rows > 1 and not _close(_first(alone, 1)[:1], _first(out, fresh.rows)[:1]):
-        raise UnsupportedModelError("a row computed alone differs from the same row in its batch.")
+    single, row = fresh.other()
+    alone, flops["full"] = _counted(lambda: forward(**single), compiled)
+    assert gate.features is not None
+    learnt = _learn(gate, features, gate.features, fresh.rows)
+    if row is not None and not _close(rowwise.tensors(alone), rowwise.take(out, row, fresh.rows)):
+        raise UnsupportedModelError(f"row {row} computed alone differs from the same row in its batch.")
+    if learnt.ragged and row is not None:
+        gate.mode, gate.forecast = Mode.CHECKED, _row_of(features, learnt, row, fresh.rows)
+        _demand(forward(**fresh([row])), alone, verify.name, "row by row")
 
     for mode in (Mode.CHECKED, Mode.UNCHECKED):
         gate.mode, gate.forecast = mode, features
-        replay, count = _counted(lambda: forward(**fresh()))
+        replay, count = _counted(lambda: forward(**fresh()), compiled)
         flops[mode.value] = count / fresh.rows
-        if not _close(_first(replay, fresh.rows), _first(out, fresh.rows)):
-            raise UnsupportedModelError(
-                f"replaying a full step as a draft ({mode.value}) does not give its output: the model carries "
-                f"something past {verify.name} that skipped blocks would have made."
-            )
+        _demand(replay, out, verify.name, mode.value)
     gate.features, gate.forecast = features, None
     main = [name for name in verify.slots.names if name is not None]
     return Discovery(
@@ -128,13 +134,54 @@ def _examine(gate: Gate, forward: Forward, fresh: _Fresh, out: Any) -> Discovery
         reason="",
         verify_block=verify.name,
         blocks=tuple((n, sum(s.name.rpartition(".")[0] == n for s in gate.called)) for n in _names(gate)),
-        state=state,
-        main=main.index(state[0]) if state[0] in main else 0,
+        state=gate.state,
+        main=main.index(gate.state[0]) if gate.state[0] in main else 0,
         self_test="passed: a replayed full step equals the full step",
         flops_full=flops["full"] or None,
         flops_checked=flops["checked"] or None,
         flops_unchecked=flops["unchecked"] or None,
+        ragged=learnt.ragged,
+        learnt=learnt,
     )
+
+
+def _state(full: dict[str, Any], passed: dict[str, Any]) -> tuple[str, ...]:
+    """The arguments of the verify block that differ between a full pass and one that skipped the blocks before it."""
+    state = tuple(name for name, value in full.items() if _differs(value, passed[name]))
+    if not state:
+        raise UnsupportedModelError("the verify block's inputs do not depend on the blocks before it.")
+    loose = [name for name in state if not isinstance(full[name], Tensor)]
+    if loose:
+        raise UnsupportedModelError(f"the verify block carries state in arguments that are no tensors: {loose}.")
+    return state
+
+
+def _learn(gate: Gate, batch: Features, alone: Features, rows: int) -> Learnt:
+    """Where the features carry their rows, from those of a batch and those of one of its rows."""
+    pairs = list(zip([*batch.state, *batch.outputs], [*alone.state, *alone.outputs], strict=True))
+    layouts = [rowwise.layout(b, rows, a) for b, a in pairs]
+    shapes = [
+        (rowwise.rows_first(b, rows, kind).shape[1:], rowwise.rows_first(a, 1, kind).shape[1:])
+        for (b, a), kind in zip(pairs, layouts, strict=True)
+    ]
+    return gate.learn(layouts, ragged=any(b != a for b, a in shapes))
+
+
+def _row_of(features: Features, learnt: Learnt, row: int, rows: int) -> Features:
+    """The features of one row, cut out of those of its batch."""
+    cut = [
+        rowwise.as_given(rowwise.rows_first(f, rows, kind)[row : row + 1], kind)
+        for f, kind in zip([*features.state, *features.outputs], learnt.layouts, strict=True)
+    ]
+    return Features(cut[: len(features.state)], cut[len(features.state) :])
+
+
+def _demand(replay: Any, full: Any, verify: str, how: str) -> None:
+    if not _close(rowwise.tensors(replay), rowwise.tensors(full)):
+        raise UnsupportedModelError(
+            f"replaying a full step as a draft ({how}) does not give its output: the model carries something past "
+            f"{verify} that skipped blocks would have made."
+        )
 
 
 def _names(gate: Gate) -> list[str]:
@@ -147,10 +194,24 @@ def _no_blocks(gate: Gate) -> str:
     return f"no block of {', '.join(gate.lists)} returns what it was given in the same shape"
 
 
-def _counted(run: Callable[[], Any]) -> tuple[Any, float]:
-    with FlopCounterMode(display=False) as counter:
-        out = run()
-    return out, float(counter.get_total_flops())
+def _counted(run: Callable[[], Any], compiled: bool) -> tuple[Any, float]:
+    """The result of `run` and the FLOPs it took, 0 where they cannot be counted (flex attention).
+
+    Compiled code hides its operations from the counter and must not be traced anew under it. So counting is eager, and
+    what was `compiled` runs once more for its result, as eager code rounds differently.
+    """
+    try:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            out = run()
+    except Exception:  # of the counter, or of the model: then it comes again
+        return run(), 0.0
+    return run() if compiled else out, float(counter.get_total_flops())
+
+
+def _is_compiled(model: nn.Module, forward: Forward) -> bool:
+    return hasattr(forward, "_torchdynamo_orig_callable") or any(
+        getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()
+    )
 
 
 def _differs(a: Any, b: Any) -> bool:
@@ -161,16 +222,22 @@ def _differs(a: Any, b: Any) -> bool:
     return False
 
 
-def _first(out: Any, rows: int) -> Tensor:
-    """The first tensor of a model output, rows first; lists with one item per row are stacked."""
-    value = next(iter(out.values())) if isinstance(out, dict) else out[0] if isinstance(out, (tuple, list)) else out
+def _is_floating(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return torch.stack(list(value))
-    return torch.as_tensor(value)
+        return bool(value) and all(isinstance(v, Tensor) and v.is_floating_point() for v in value)
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal within rounding, as a ratio of norms: another batch size may choose another kernel."""
+def _close(many: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Each equal within rounding, as a ratio of norms: another batch size may choose another kernel."""
+    return len(many) == len(others) and all(_close_one(a, b) for a, b in zip(many, others, strict=True))
+
+
+def _close_one(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
     tolerance = max(1e-4, 4 * torch.finfo(a.dtype).eps)
     a, b = a.float(), b.float()
     return bool((a - b).norm() <= tolerance * b.norm())

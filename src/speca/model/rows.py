@@ -1,7 +1,8 @@
-"""Rows of a transformer's own inputs and outputs: select, scatter, and the layout of block features.
+"""Rows of a transformer's own inputs and outputs: select, merge, and the layout of block features.
 
 B is the number of rows of a call, n of a selection. Inputs whose first dimension is B, and lists of length B, belong to
-rows; everything else (position ids, sizes, dictionaries of options) is shared. With B = 1 there is nothing to select.
+rows; everything else (position ids, sizes, dictionaries of options) is shared. What shapes cannot tell is in
+`overrides.py`. With B = 1 there is nothing to select.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-
-SHARED_ARGUMENTS = frozenset({"img_ids", "txt_ids", "image_rotary_emb", "rotary_emb", "freqs_cis"})
-"""Arguments that never index rows, named so that a position table of B entries is not mistaken for a batch."""
+from .overrides import ROW_DIMENSIONS
 
 
 def batch_size(value: Any) -> int:
@@ -27,12 +26,49 @@ def batch_size(value: Any) -> int:
     raise UnsupportedModelError(f"cannot tell the number of rows from an argument of type {type(value).__name__}.")
 
 
+# ------------------------------------------------------------------------------------------------ inputs
 def select(arguments: dict[str, Any], rows: Sequence[int], total: int) -> dict[str, Any]:
     """The arguments of a call for `rows` only. All rows in order: the very same tensors, in fresh containers."""
     if list(rows) == list(range(total)):
         return {name: _fresh(value) for name, value in arguments.items()}
-    listed = isinstance(next(iter(arguments.values())), (list, tuple))
-    return {n: v if n in SHARED_ARGUMENTS else _select(v, rows, total, listed) for n, v in arguments.items()}
+    listed = _takes_lists(arguments)
+    return {n: _select(v, rows, total, listed, ROW_DIMENSIONS.get(n, 0)) for n, v in arguments.items()}
+
+
+def owners(arguments: dict[str, Any], total: int) -> object:
+    """Which inputs `select` takes apart, by structure alone: what was tested for one batch size holds for all that
+    give the same. Nothing can be told, and nothing is taken apart, with one row."""
+    if total == 1:
+        return None
+    listed = _takes_lists(arguments)
+    return tuple((n, _owners(v, total, listed, ROW_DIMENSIONS.get(n, 0))) for n, v in arguments.items())
+
+
+def weights(arguments: dict[str, Any], total: int) -> list[float]:
+    """How much of the inputs each row really uses: ones in its masks, numbers in its list items, its given lengths.
+
+    Rows of different weight may be ragged: alone, such a row can have fewer tokens than in its batch.
+    """
+    found = [0.0] * total
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == total and ROW_DIMENSIONS.get(name, 0) == 0:
+            if _is_mask(name, value):
+                used = value.flatten(1).double().sum(1) if value.dim() > 1 else value.double()
+                found = [w + u for w, u in zip(found, used.tolist(), strict=True)]
+        elif isinstance(value, (list, tuple)) and len(value) == total and all(isinstance(v, Tensor) for v in value):
+            found = [w + v.numel() for w, v in zip(found, value, strict=True)]
+    return found
+
+
+def _is_mask(name: str, value: Tensor) -> bool:
+    """A mask (B, L) of zeros and ones, or the lengths of rows (B,)."""
+    if value.dim() == 1:
+        return "len" in name
+    return value.dim() == 2 and bool(((value == 0) | (value == 1)).all())
+
+
+def _takes_lists(arguments: dict[str, Any]) -> bool:
+    return isinstance(next(iter(arguments.values())), (list, tuple))
 
 
 def _fresh(value: Any) -> Any:
@@ -42,25 +78,49 @@ def _fresh(value: Any) -> Any:
     return [_fresh(v) for v in value] if isinstance(value, list) else value
 
 
-def _select(value: Any, rows: Sequence[int], total: int, listed: bool) -> Any:
+def _select(value: Any, rows: Sequence[int], total: int, listed: bool, dim: int | None) -> Any:
+    if dim is None:
+        return _fresh(value)
     if isinstance(value, Tensor):
-        if value.dim() and value.shape[0] == total:
-            return value.index_select(0, torch.tensor(rows, device=value.device))
+        if _owned(value, total, dim):
+            return value.index_select(dim, torch.tensor(rows, device=value.device))
         return value
     if isinstance(value, dict):
-        return {k: _select(v, rows, total, listed) for k, v in value.items()}
+        return {k: _select(v, rows, total, listed, dim) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        # A list of B batched tensors holds one tensor a layer, unless the model takes its samples as lists.
-        per_row = len(value) == total and (listed or not all(_is_batched(v, total) for v in value))
-        picked = [value[i] for i in rows] if per_row else [_select(v, rows, total, listed) for v in value]
-        return type(value)(picked) if isinstance(value, list) else tuple(picked)
+        per_row = _one_each(value, total, listed)
+        picked = [value[i] for i in rows] if per_row else [_select(v, rows, total, listed, dim) for v in value]
+        return picked if isinstance(value, list) else tuple(picked)
     return value
 
 
-def _is_batched(value: Any, total: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == total
+def _owners(value: Any, total: int, listed: bool, dim: int | None) -> object:
+    if dim is None:
+        return "shared"
+    if isinstance(value, Tensor):
+        return dim if _owned(value, total, dim) else "shared"
+    if isinstance(value, dict):
+        return tuple((k, _owners(v, total, listed, dim)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return "items" if _one_each(value, total, listed) else tuple(_owners(v, total, listed, dim) for v in value)
+    return "shared"
 
 
+def _owned(value: Tensor, total: int, dim: int) -> bool:
+    return value.dim() > dim and value.shape[dim] == total
+
+
+def _one_each(value: Sequence[Any], total: int, listed: bool) -> bool:
+    """Whether a list holds one item per row. Unless samples come as lists, B batched tensors are one per layer, and a
+    tuple of tensors is a group such as cosine and sine."""
+    if len(value) != total or listed:
+        return len(value) == total
+    tensors = [v for v in value if isinstance(v, Tensor)]
+    grouped = isinstance(value, tuple) and bool(tensors)
+    return not grouped and not (len(tensors) == total and all(v.dim() > 1 and v.shape[0] == total for v in tensors))
+
+
+# ------------------------------------------------------------------------------------------------ outputs
 def merge(parts: Sequence[tuple[Sequence[int], Any]], total: int) -> Any:
     """One output of `total` rows from parts `(rows, output)`; later parts win where rows overlap."""
     first_rows, first = parts[0]
@@ -99,28 +159,59 @@ def _merge_tensors(parts: Sequence[tuple[Sequence[int], Tensor]], total: int) ->
     return merged.flatten(0, 1)
 
 
-Layout = Literal["rows", "second", "folded"]
+def tensors(out: Any) -> list[Tensor]:
+    """All tensors of a model's output, in order."""
+    if isinstance(out, Tensor):
+        return [out]
+    values = list(out.values()) if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else []
+    return [tensor for value in values for tensor in tensors(value)]
 
 
-def layout(feature: Tensor, rows: int) -> Layout:
-    """Where a block feature carries its rows: dimension 0, dimension 1, or folded into dimension 0.
+def take(out: Any, row: int, total: int) -> list[Tensor]:
+    """All tensors of one row of a model's output, as if it had been computed alone."""
+    if isinstance(out, Tensor):
+        fold = out.shape[0] // total
+        return [out[row * fold : (row + 1) * fold]]
+    if isinstance(out, list) and len(out) == total:
+        return tensors(out[row])
+    values = list(out.values()) if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else []
+    return [tensor for value in values for tensor in take(value, row, total)]
+
+
+# ------------------------------------------------------------------------------------------------ block features
+Layout = Literal["rows", "second", "folded", "whole"]
+
+
+def layout(feature: Tensor, rows: int, alone: Tensor | None = None) -> Layout:
+    """Where a block feature carries its rows: dimension 0, dimension 1, folded into dimension 0, or, with one row of
+    which nothing else is known, the whole tensor is that row.
+
+    Args:
+        feature: of a call with `rows` rows.
+        rows: B.
+        alone: the same feature of one of these rows computed alone; without it the first that fits is taken.
 
     Raises:
         UnsupportedModelError: none of these fits.
     """
-    if feature.shape[0] == rows:
+    if rows == 1:
+        return "whole"
+    one = tuple(alone.shape) if alone is not None else (1, 1) if feature.shape[0] == rows else (feature.shape[0], 1)
+    if feature.shape[0] == rows and one[0] == 1:
         return "rows"
-    if feature.dim() > 1 and feature.shape[1] == rows:
+    if feature.dim() > 1 and feature.shape[1] == rows and one[1] == 1:
         return "second"
-    if feature.shape[0] % rows == 0:
+    if feature.shape[0] == rows * (one[0] if alone is not None else feature.shape[0] // rows):
         return "folded"
-    raise UnsupportedModelError(f"a block feature of shape {tuple(feature.shape)} has no dimension of {rows} rows.")
+    raise UnsupportedModelError(f"a block feature of shape {tuple(feature.shape)} does not hold {rows} rows.")
 
 
 def rows_first(feature: Tensor, rows: int, kind: Layout) -> Tensor:
     """A block feature as (B, ...)."""
     if kind == "second":
         return feature.transpose(0, 1)
+    if kind == "whole":
+        return feature.unsqueeze(0)
     return feature.reshape(rows, -1, *feature.shape[1:]) if kind == "folded" else feature
 
 
@@ -128,4 +219,17 @@ def as_given(feature: Tensor, kind: Layout) -> Tensor:
     """Undo `rows_first`."""
     if kind == "second":
         return feature.transpose(0, 1)
+    if kind == "whole":
+        return feature.squeeze(0)
     return feature.flatten(0, 1) if kind == "folded" else feature
+
+
+def fit(feature: Tensor, shape: Sequence[int]) -> Tensor:
+    """Cut or zero-pad at the end of each dimension: ragged rows carry their own tokens first, padding after them."""
+    for dim, size in enumerate(shape):
+        if feature.shape[dim] > size:
+            feature = feature.narrow(dim, 0, size)
+        elif feature.shape[dim] < size:
+            missing = [*feature.shape[:dim], size - feature.shape[dim], *feature.shape[dim + 1 :]]
+            feature = torch.cat([feature, feature.new_zeros(missing)], dim)
+    return feature

@@ -1,0 +1,238 @@
+"""The checks of one case: exact at threshold 0, mixed rows equal solo rows, restored, memory figure, what was found."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import pkgutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+import speca
+from speca.pipeline import ATTRIBUTE
+
+from .cases import CASES, REASONS, Case
+from .inputs import Time, made
+
+STEPS = 10
+EXACT = "bit-identical at threshold 0"
+RULE = dict(threshold_decay=1.0, max_draft=4, warmup=3)
+
+
+def classes() -> dict[str, type[nn.Module]]:
+    """Every model class that the installed diffusers defines among its transformers."""
+    package = importlib.import_module("diffusers.models.transformers")
+    found: dict[str, type[nn.Module]] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        here = {n: v for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__}
+        found |= {n: v for n, v in here.items() if issubclass(v, diffusers.ModelMixin)}
+    return found
+
+
+def untested() -> list[str]:
+    """Classes of this diffusers that have neither a case nor a reason: new ones, most likely."""
+    return sorted(set(classes()) - {case.cls for case in CASES} - set(REASONS))
+
+
+def build(case: Case) -> Any:
+    """The tiny model with every weight redrawn: gates that start at zero would make its blocks the identity."""
+    torch.manual_seed(0)
+    model = classes()[case.cls](**case.config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        scale = max(parameter.shape[-1], 1) ** -0.5 if parameter.dim() > 1 else 0.1
+        centre = 1.0 if parameter.dim() == 1 and "norm" in name and name.endswith("weight") else 0.0
+        parameter.data = (centre + scale * drawn).to(parameter.dtype)
+    return model.eval().requires_grad_(False)
+
+
+def loop(model: nn.Module, case: Case, rows: Sequence[int], watch: Any = None) -> list[list[Tensor]]:
+    """Denoise `rows` together for STEPS steps; the outputs of every step, each of them rows first."""
+    arguments = made(case.inputs, rows)
+    name = case.latent or next(iter(arguments))
+    steps = []
+    for i in range(STEPS):
+        times = {n: v.at(i / STEPS, len(rows)) for n, v in case.inputs.items() if isinstance(v, Time)}
+        call = {**made(case.inputs, rows), name: arguments[name], **times}
+        out = model(**{n: call[n] for n in case.inputs}, return_dict=False)
+        outputs = [
+            row_tensor(o, len(rows)) for o in (out if isinstance(out, (tuple, list)) else [out]) if o is not None
+        ]
+        steps.append(outputs)
+        arguments[name] = advance(arguments[name], outputs[0])
+        if watch is not None:
+            watch()
+    return steps
+
+
+def row_tensor(out: Any, rows: int) -> Tensor:
+    """An output with the rows first."""
+    stacked = torch.stack(list(out)) if isinstance(out, (list, tuple)) else out
+    return stacked.reshape(rows, -1)
+
+
+def advance(latent: Any, velocity: Tensor) -> Any:
+    """One Euler step of each row on its own; outputs of another size are cut or repeated to fit."""
+    if isinstance(latent, list):
+        return [advance(x[None], v[None])[0] for x, v in zip(latent, velocity, strict=True)]
+    flat = latent.reshape(velocity.shape[0], -1)
+    repeat = -(-flat.shape[1] // velocity.shape[1])
+    v = velocity.repeat(1, repeat)[:, : flat.shape[1]]
+    return (flat - v / v.norm(dim=1, keepdim=True) * flat.norm(dim=1, keepdim=True) / STEPS).reshape(latent.shape)
+
+
+@dataclass
+class Result:
+    """What one case showed. `failures` names the checks that did not hold."""
+
+    case: Case
+    failures: list[str] = field(default_factory=list)
+    finding: Any = None
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Bit-identical at threshold 0, accelerated or run plainly."""
+        return EXACT not in self.failures and not any("Error" in f for f in self.failures)
+
+    @property
+    def accelerated(self) -> bool:
+        """Supported by the library and through all checks."""
+        return bool(self.finding and self.finding.supported and not self.failures)
+
+    def demand(self, holds: bool, what: str) -> None:
+        """Note `what` as failed unless it holds."""
+        if not holds:
+            self.failures.append(what)
+
+
+def equal(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
+    """Bit for bit, every output of every step."""
+    return all(torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True))
+
+
+def snapshot(model: nn.Module) -> Any:
+    """What `disable` must give back."""
+    own = sorted(k for k in model.__dict__)
+    return (
+        own,
+        model.forward,
+        [(n, type(m), sorted(m.__dict__)) for n, m in model.named_modules()],
+        list(model.state_dict()),
+    )
+
+
+def check(case: Case) -> Result:
+    """Run all checks of one case."""
+    result, began = Result(case), time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            _check(result, build(case))
+        except Exception as problem:  # a check that cannot run is a failed check
+            result.failures.append(f"{type(problem).__name__}: {problem}")
+    result.notes = tuple(dict.fromkeys(str(w.message) for w in caught if str(w.message).startswith("speca:")))
+    result.demand(sum("runs plainly" in note for note in result.notes) == bool(case.plain), "one warning if plain")
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def _check(result: Result, model: Any) -> None:
+    case, rows = result.case, list(range(result.case.rows))
+    plain = loop(model, case, rows)
+    result.demand(all(torch.isfinite(o).all() for step in plain for o in step), "finite")
+    before = snapshot(model)
+    speca.enable(model, num_inference_steps=STEPS, threshold=0.0)
+    result.demand(list(model.state_dict()) == before[3], "state dict unchanged while enabled")
+    result.demand(equal(loop(model, case, rows), plain), EXACT)
+    run = model.__dict__[ATTRIBUTE]
+    result.finding = next(iter(run.findings.values()), None)
+    supported = bool(result.finding and result.finding.supported)
+    reason = result.finding.reason if result.finding else "no call was looked at"
+    result.demand(supported != bool(case.plain), f"expected to be {'plain' if case.plain else 'accelerated'}: {reason}")
+    result.demand(case.plain in reason, f"another reason: {reason}")
+    if supported:
+        decided = {letter for t in run.branches["call"].trajectories for letter in t.decisions}
+        result.demand(decided == {"F", "R"}, "every draft rejected at threshold 0")
+        _mixed(result, model, rows)
+        _memory(result, model, rows)
+    speca.disable(model)
+    result.demand(snapshot(model) == before, "restored by disable")
+    result.demand(equal(loop(model, case, rows), plain), "same output after disable")
+
+
+def _mixed(result: Result, model: Any, rows: list[int]) -> None:
+    """Rows that decide differently in one batch: each must do and give what it does and gives alone."""
+    case = result.case
+    speca.enable(model, num_inference_steps=STEPS, threshold=1e9, **RULE)
+    loop(model, case, rows)
+    decided: list[str] = []
+    for threshold in _between([e for t in _records(model) for e in t.errors if e is not None]):
+        speca.enable(model, num_inference_steps=STEPS, threshold=threshold, **RULE)
+        together = loop(model, case, rows)
+        decided = ["".join(t.decisions) for t in _records(model)]
+        if {"A", "R"} <= set("".join(decided)) and (len(rows) == 1 or len(set(decided)) > 1):
+            break
+    else:
+        result.demand(False, "a threshold at which rows decide differently")
+        return
+    for row in rows:
+        alone = loop(model, case, [row])
+        result.demand(["".join(t.decisions) for t in _records(model)] == [decided[row]], f"decisions of row {row}")
+        worst = max(
+            float((b[row] - a[0]).norm() / a[0].norm()) for x, y in zip(alone, together, strict=True)
+            for a, b in zip(x, y, strict=True)
+        )  # fmt: skip
+        result.demand(worst < 1e-3, f"values of row {row}: off by {worst:.1e}")
+
+
+def _between(errors: list[float]) -> list[float]:
+    """Thresholds between neighbouring errors, the widest gaps first: none of them close to an error."""
+    ordered = sorted(set(errors))
+    gaps = sorted(((high / low, low) for low, high in itertools.pairwise(ordered) if low > 0), reverse=True)
+    return [low * ratio**0.5 for ratio, low in gaps[:8]]
+
+
+def _records(model: Any) -> Any:
+    return model.__dict__[ATTRIBUTE].branches["call"].trajectories
+
+
+def _memory(result: Result, model: Any, rows: list[int]) -> None:
+    """Bytes of all tensors held between steps, at their highest, against the report's figure."""
+    speca.enable(model, num_inference_steps=STEPS, threshold=1e9, **RULE)
+    run, held = model.__dict__[ATTRIBUTE], [0]
+    loop(model, result.case, rows, lambda: held.append(stored([run.branches, vars(run.gate)])))
+    told = speca.report(model).bytes_per_sample
+    result.demand(max(held) // len(rows) == told > 0, f"memory: {max(held) // len(rows)} held, {told} reported")
+    result.demand(held[-1] == 0, "nothing held after the last step")
+
+
+def stored(root: Any) -> int:
+    """Bytes of the storages of all tensors that plain objects reach from `root`; the model itself does not count."""
+    sizes: dict[int, int] = {}
+    stack, seen = [root], set[int]()
+    while stack:
+        item = stack.pop()
+        if isinstance(item, (nn.Module, type)) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            sizes[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, (list, tuple)):
+            stack += item
+        else:
+            stack += getattr(item, "__dict__", {}).values()
+    return sum(sizes.values())

@@ -1,0 +1,83 @@
+"""A quick part of the sweep over diffusers' transformer classes; `make sweep` runs all of it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import diffusers
+import pytest
+
+from speca.model.overrides import CACHE_ARGUMENTS, TIME_ARGUMENTS
+from sweep.cases import CASES, REASONS, Case
+from sweep.checks import Result, check, classes, untested
+from sweep.table import FIRST, PAGE, page
+
+SLICE = [case for case in CASES if case.slice]
+TESTED = (re.findall(r"diffusers (\d+\.\d+\.\d+)", PAGE.read_text(encoding="utf-8")) or ["none"])[0]
+SAME = pytest.mark.skipif(diffusers.__version__ != TESTED, reason=f"docs/models.md is of diffusers {TESTED}")
+
+
+@pytest.mark.parametrize("case", SLICE, ids=[case.name for case in SLICE])
+def test_a_class_is_exact_and_restored_and_its_rows_are_their_own(case: Case) -> None:
+    result = check(case)
+    assert result.failures == []
+    assert result.accelerated or case.plain
+
+
+def test_the_quick_part_holds_what_is_unusual() -> None:
+    assert {case.cls for case in SLICE} >= set(FIRST)
+    assert any(case.plain for case in SLICE) and any(case.rows == 1 for case in SLICE)
+    assert len({case.cls for case in SLICE}) >= 12
+
+
+@SAME
+def test_every_class_is_configured_or_has_a_reason() -> None:
+    assert untested() == []
+    named = {case.cls for case in CASES} | set(REASONS)
+    assert sorted(named - set(classes())) == [], "no longer in diffusers"
+    assert sorted({case.cls for case in CASES} & set(REASONS)) == []
+
+
+def test_a_new_class_is_reported_as_untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NewTransformer3DModel(diffusers.ModelMixin):
+        pass
+
+    known = {**classes(), "NewTransformer3DModel": NewTransformer3DModel}
+    monkeypatch.setattr("sweep.checks.classes", lambda: known)
+    assert "NewTransformer3DModel" in untested()
+    assert "| `NewTransformer3DModel` | **untested**" in page([])
+
+
+def test_names_of_cases_are_unique() -> None:
+    names = [case.name for case in CASES]
+    assert sorted(names) == sorted(set(names))
+
+
+@SAME
+def test_the_page_is_in_step_with_the_table() -> None:
+    """Facts of the table as they are, and nothing failed; what was found is as new as the last `make sweep`."""
+    text = PAGE.read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)`( \([^|]*\))? \|(.*)\|$", text, re.MULTILINE)
+    assert sorted(name + variant for name, variant, _ in listed) == sorted([c.name for c in CASES] + list(REASONS))
+    rows = {name + variant: rest for name, variant, rest in listed}
+    for case in CASES:
+        assert case.guidance in rows[case.name] and case.note in rows[case.name], case.name
+    for name, reason in REASONS.items():
+        assert reason in rows[name]
+    assert [name for name, _, _ in listed[:3]] == list(FIRST)
+    assert "**failed**" not in text and "untested" not in text
+
+
+def test_a_failed_check_is_seen_on_the_page() -> None:
+    case = SLICE[0]
+    assert "**failed**: bit-identical" in page([Result(case, failures=["bit-identical at threshold 0"])])
+
+
+@SAME
+def test_reasons_hold() -> None:
+    """What a reason says of a forward is true of it."""
+    for name, reason in REASONS.items():
+        arguments = set(inspect.signature(classes()[name].forward).parameters)
+        assert ("no timestep argument" in reason) <= (not arguments & set(TIME_ARGUMENTS)), name
+        assert ("key-value cache" in reason) <= bool(arguments & CACHE_ARGUMENTS), name
