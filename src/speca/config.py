@@ -125,10 +125,12 @@ def _check_type(name: str, value: object, hint: Any) -> None:
         raise ConfigError(f"{name}={value!r} must be of type {hint.__name__}, not {type(value).__name__}.")
 
 
+# Chosen on tuning seeds of `fashion-dit` (`recipes/tune_presets.py`; docs/LOG.md, 2026-11-23): order 1 beat order 2, and a
+# first draft after a full step was hardly ever wrong, so its check is not worth a block.
 PRESETS: dict[str, SpecaConfig] = {
-    "faithful": SpecaConfig(threshold=0.04, max_draft=3),
-    "balanced": SpecaConfig(threshold=0.1, max_draft=5),
-    "fast": SpecaConfig(threshold=0.3, max_draft=8),
+    "faithful": SpecaConfig(threshold=0.02, threshold_decay=1.0, min_draft=1, max_draft=2),
+    "balanced": SpecaConfig(threshold=0.03, threshold_decay=1.0, min_draft=1, max_draft=4),
+    "fast": SpecaConfig(threshold=0.05, threshold_decay=1.0, min_draft=2, max_draft=6),
     # The paper's method with the settings its authors published for DiT (tau_0 0.3, beta 0.05, at most 8 drafts).
     # Their order 4 needs five anchors; three warm-up steps give three, hence order 2.
     "paper": SpecaConfig(

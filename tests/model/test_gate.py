@@ -98,9 +98,9 @@ def loop(model: nn.Module, rows: int = 3, steps: int = 12) -> torch.Tensor:
 def test_an_unknown_model_is_discovered_and_accelerated(rows: int) -> None:
     model = Unheard()
     plain = loop(model, rows)
-    speca.enable(model, num_inference_steps=12, threshold=0.0)
+    speca.enable(model, num_inference_steps=12, threshold=0.0, min_draft=0)
     assert torch.equal(loop(model, rows), plain)
-    speca.enable(model, num_inference_steps=12, threshold=1e9, max_draft=2)
+    speca.enable(model, num_inference_steps=12, threshold=1e9, min_draft=0, max_draft=2)
     close = loop(model, rows)
     report = speca.report(model)
     assert "runs plainly" not in " ".join(report.notes) and report.samples[0].accepted == 6

@@ -17,7 +17,7 @@ from speca.model.gate import Features, Gate, Mode
 from speca.run import ATTRIBUTE
 
 STEPS = 12
-LOOSE = dict(num_inference_steps=STEPS, threshold=1e9, max_draft=2)
+LOOSE = dict(num_inference_steps=STEPS, threshold=1e9, min_draft=0, max_draft=2)
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ from .inputs import Time, made
 
 STEPS = 10
 EXACT = "bit-identical at threshold 0"
-RULE = dict(threshold_decay=1.0, max_draft=4, warmup=3)
+RULE = dict(threshold_decay=1.0, min_draft=0, max_draft=4, warmup=3)
 
 
 def classes() -> dict[str, type[nn.Module]]:
@@ -153,7 +153,7 @@ def _check(result: Result, model: Any) -> None:
     plain = loop(model, case, rows)
     result.demand(all(torch.isfinite(o).all() for step in plain for o in step), "finite")
     before = snapshot(model)
-    speca.enable(model, num_inference_steps=STEPS, threshold=0.0)
+    speca.enable(model, num_inference_steps=STEPS, threshold=0.0, min_draft=0)
     result.demand(list(model.state_dict()) == before[3], "state dict unchanged while enabled")
     result.demand(equal(loop(model, case, rows), plain), EXACT)
     run = model.__dict__[ATTRIBUTE]
