@@ -163,8 +163,8 @@ def compare(
     """Make the same samples without and with acceleration, and measure both; arguments as in `measure.generate`.
 
     Calls are interleaved (off, on, then on, off, and so on), so that a machine that slows down slows both; a short
-    call of each kind, which also pays for the self-test, goes before and is not counted. Times are medians over
-    `repeats`.
+    call of each kind goes before and is not counted. Times are medians over `repeats`. The self-test, once for each
+    size of batch, is part of the accelerated figures.
     """
     settings = SpecaConfig.build(config)
     chunks, steps = split(call_kwargs, seeds, batch), steps_of(pipe, call_kwargs)
