@@ -110,6 +110,27 @@ def test_an_unknown_model_is_discovered_and_accelerated(rows: int) -> None:
     assert finding.blocks == (("front", 3), ("back", 4))
 
 
+class InPlace(Single):
+    """Adds to its input in place, as some blocks do to save memory."""
+
+    def forward(self, tokens: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        tokens += 0.3 * torch.tanh(self.mix(tokens) + shift[:, None])
+        return tokens
+
+
+def test_a_verify_block_that_writes_into_its_input_is_recorded_as_it_was_given() -> None:
+    results = []
+    for kind in (Single, InPlace):
+        model = Unheard()
+        last = kind(8).eval().requires_grad_(False)
+        last.load_state_dict(model.back[3].state_dict())
+        model.back[3] = last
+        speca.enable(model, num_inference_steps=12, threshold=1e9, min_draft=0, max_draft=2)
+        results.append(loop(model))
+        assert speca.report(model).samples[0].accepted == 6
+    assert torch.equal(results[0], results[1])
+
+
 @pytest.mark.parametrize("make", [WritesGlobal, lambda: Unheard("added after"), lambda: Unheard("memo")])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_hostile_model_runs_plainly_and_correctly(make: Any, rows: int) -> None:

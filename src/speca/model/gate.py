@@ -93,6 +93,7 @@ class StandIn:
         self.gate, self.block, self.name = gate, block, name
         self.parameters_of = list(inspect.signature(type(block).forward).parameters)[1:]
         self.slots: Slots | None = None
+        self.writes = False  # whether the block changes its inputs in place
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "block":
@@ -218,10 +219,14 @@ class Gate:
             bound = stand_in.bind(args, kwargs)
             given = {n: self._fitted(f, bound[n]) for n, f in zip(self.state, self.forecast.state, strict=True)}
             out = stand_in.call_with(args, kwargs, given)
-        else:
-            out = stand_in.block(*args, **kwargs)
-        self.bound = stand_in.bind(args, kwargs) if self.mode is Mode.PASS else {}
-        state = [] if self.mode is not Mode.FULL else [stand_in.bind(args, kwargs)[name] for name in self.state]
+            self.features = Features([], tensors_of(out))
+            return out
+        bound = stand_in.bind(args, kwargs)
+        state = [bound[name] for name in self.state] if self.mode is Mode.FULL else []
+        if stand_in.writes:
+            state = [s.clone() for s in state]
+        out = stand_in.block(*args, **kwargs)
+        self.bound = bound if self.mode is Mode.PASS else {}
         self.features = Features(state, tensors_of(out))
         return out
 
@@ -229,7 +234,9 @@ class Gate:
         bound = stand_in.bind(args, kwargs)
         # A block may write into its inputs, so what the last one was given is kept as a copy.
         kept = {n: v.clone() if isinstance(v, Tensor) else v for n, v in bound.items()}
+        before = [_version(v) for v in bound.values()]
         out = stand_in.block(*args, **kwargs)
+        stand_in.writes = any(v is None for v in before) or before != [_version(v) for v in bound.values()]
         stand_in.learn(kept, out, len(args))
         if stand_in.slots is not None:
             self.called.append(stand_in)
@@ -294,3 +301,10 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 def is_gated(model: nn.Module) -> bool:
     """Whether a gate sits in any block list of the model."""
     return any(isinstance(child, GatedModuleList) for child in model.modules())
+
+
+def _version(value: Any) -> int | None:
+    """How often a tensor was written to, None where torch does not count (inference mode); 0 for anything else."""
+    if not isinstance(value, Tensor):
+        return 0
+    return None if value.is_inference() else value._version
