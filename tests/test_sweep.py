@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
+from pathlib import Path
 
 import diffusers
 import pytest
+from typer.testing import CliRunner
 
+import tiny
+from speca.cli import app
 from speca.model.overrides import CACHE_ARGUMENTS, TIME_ARGUMENTS
 from sweep.cases import CASES, REASONS, Case
-from sweep.checks import Result, check, classes, untested
+from sweep.checks import Result, build, check, classes, untested
 from sweep.table import FIRST, PAGE, page
 
 SLICE = [case for case in CASES if case.slice]
@@ -72,6 +77,20 @@ def test_the_page_is_in_step_with_the_table() -> None:
 def test_a_failed_check_is_seen_on_the_page() -> None:
     case = SLICE[0]
     assert "**failed**: bit-identical" in page([Result(case, failures=["bit-identical at threshold 0"])])
+
+
+@SAME
+def test_check_of_a_local_model_prints_the_facts_of_its_row(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "DiTTransformer2DModel")
+    # The pipeline's empty class is number 1000; the tiny model of the sweep has fewer.
+    model = build(dataclasses.replace(case, config={**case.config, "num_embeds_ada_norm": 1000}))
+    diffusers.DiTPipeline(model, tiny.vae(), diffusers.DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "dit")])
+    assert result.exit_code == 0, result.output
+    line = next(line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{case.name}` |"))
+    name, blocks, verify, state = (cell.strip().replace("`", "") for cell in line.split("|")[1:5])
+    for head, fact in (("model", name), ("blocks", blocks), ("verify block", verify), ("state", state)):
+        assert re.search(rf"^\s*{head}\s+{re.escape(fact)}\s*$", result.stdout, re.MULTILINE), (head, fact)
 
 
 @SAME

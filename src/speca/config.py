@@ -125,8 +125,8 @@ def _check_type(name: str, value: object, hint: Any) -> None:
         raise ConfigError(f"{name}={value!r} must be of type {hint.__name__}, not {type(value).__name__}.")
 
 
-# Chosen on tuning seeds of `fashion-dit` (`recipes/tune_presets.py`; docs/LOG.md, 2026-11-23): order 1 beat order 2, and a
-# first draft after a full step was hardly ever wrong, so its check is not worth a block.
+# Chosen on tuning seeds of `fashion-dit` (`recipes/tune_presets.py`; docs/LOG.md, 2026-11-23): order 1 beat order 2,
+# and a first draft after a full step was hardly ever wrong, so its check is not worth a block.
 PRESETS: dict[str, SpecaConfig] = {
     "faithful": SpecaConfig(threshold=0.02, threshold_decay=1.0, min_draft=1, max_draft=2),
     "balanced": SpecaConfig(threshold=0.03, threshold_decay=1.0, min_draft=1, max_draft=4),

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
-from diffusers.hooks import ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import nn
 
 PIPELINE_CLASSES = frozenset({"DiffusionPipeline", "ModularPipeline"})
@@ -63,6 +64,8 @@ class _RootHook(ModelHook):
         self.run = run
         self.contexts = _Contexts()
 
+    # Decisions are not for a compiler; what the run calls may be compiled nevertheless.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.run.call(self.fn_ref.original_forward, args, kwargs, self.contexts.here, calling_pipeline())
 
@@ -71,9 +74,37 @@ class _RootHook(ModelHook):
         return module
 
 
-def root_hook(run: Run) -> ModelHook:
-    """The hook that answers a transformer's calls through `run`."""
-    return _RootHook(run)
+class _Reference(HookFunctionReference):
+    """Says what our hook calls. diffusers, when it removes the hook before ours, overwrites `forward` with what is to
+    be called next; for a hook that replaces the forward, as ours does, that would drop the hook."""
+
+    @property
+    def forward(self) -> Any:
+        """Our own forward, whatever is called next."""
+        return self.__dict__["forward"]
+
+    @forward.setter
+    def forward(self, following: Any) -> None:
+        self.original_forward = following
+
+
+def register(model: nn.Module, run: Run, name: str) -> None:
+    """Let `run` answer the calls of the transformer."""
+    registry, hook = HookRegistry.check_if_exists_or_initialize(model), _RootHook(run)
+    registry.register_hook(hook, name)
+    hook.fn_ref.__class__ = _Reference
+    registry.invalidate_child_registries_cache()
+
+
+def unregister(model: nn.Module, name: str) -> None:
+    """Take the hook off again, and leave one that was registered after it working, see `_Reference`."""
+    registry = model.__dict__["_diffusers_hook"]
+    after = registry._fn_refs[registry._hook_order.index(name) + 1 :][:1]
+    replaced = [(ref, ref.forward) for ref in after if ref.original_forward is not None]
+    registry.remove_hook(name, recurse=False)
+    for ref, own in replaced:
+        if not isinstance(ref, _Reference):
+            ref.original_forward, ref.forward = ref.forward, own
 
 
 def calling_pipeline() -> Any:

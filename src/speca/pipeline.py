@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import MIN_STEPS, SpecaConfig
 from .errors import ConfigError, NotEnabledError, UnsupportedModelError
+from .model.companions import demand_alone, plain_copy
 from .model.gate import block_lists
 from .report import Report
 from .run import ATTRIBUTE, Run
@@ -41,7 +42,7 @@ def enable(
         **overrides: any field of `SpecaConfig`.
 
     Raises:
-        ConfigError: an unknown preset or setting, or a value out of range.
+        ConfigError: an unknown preset or setting, a value out of range, or a cache of diffusers that is enabled.
         UnsupportedModelError: no diffusion transformer here, for instance a UNet.
     """
     config = SpecaConfig.build(preset, **overrides)
@@ -56,6 +57,8 @@ def enable(
             f"num_inference_steps={num_inference_steps} leaves nothing to forecast; use at least {MIN_STEPS} steps, "
             "or run without speca."
         )
+    for model in _modules(target).values():
+        demand_alone(model)
     disable(target)
     for model in models:
         _attach(model, Run(model, config, target, scheduler, num_inference_steps))
@@ -137,18 +140,17 @@ def transformers_of(target: Any) -> list[nn.Module]:
     Raises:
         UnsupportedModelError: none found.
     """
+    found = [m for m in map(_uncompiled, _modules(target).values()) if block_lists(m)]
     if isinstance(target, nn.Module):
-        if not block_lists(target):
+        if not found:
             raise UnsupportedModelError(f"{type(target).__name__} has no list of transformer blocks to skip.")
-        return [target]
-    components = getattr(target, "components", None)
-    if not isinstance(components, dict):
+        return found
+    if not isinstance(getattr(target, "components", None), dict):
         raise UnsupportedModelError(
             f"expected a diffusers pipeline or a transformer module, got {type(target).__name__}."
         )
-    found = [m for n, m in components.items() if "transformer" in n and isinstance(m, nn.Module) and block_lists(m)]
     if not found:
-        unet = " Its denoiser is a UNet, which has no stack of blocks to forecast;" if "unet" in components else ""
+        unet = " Its denoiser is a UNet, which has no stack of blocks to forecast;" if hasattr(target, "unet") else ""
         raise UnsupportedModelError(
             f"{type(target).__name__} has no diffusion transformer.{unet} speca works on pipelines with a "
             "`transformer` component, such as DiTPipeline, FluxPipeline or HunyuanVideoPipeline."
@@ -156,33 +158,67 @@ def transformers_of(target: Any) -> list[nn.Module]:
     return found
 
 
+def _modules(target: Any) -> dict[str, nn.Module]:
+    """Where the diffusion transformers of a pipeline are looked for, or the module itself."""
+    if isinstance(target, nn.Module):
+        return {"": target}
+    components = getattr(target, "components", None)
+    named = components.items() if isinstance(components, dict) else ()
+    return {n: m for n, m in named if "transformer" in n and isinstance(m, nn.Module)}
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """What `torch.compile(module)` has wrapped."""
+    return model._modules.get("_orig_mod") or model
+
+
 def _attach(model: nn.Module, run: Run) -> None:
-    from diffusers.hooks import HookRegistry
+    from .hook import calling_pipeline, register
 
-    from .hook import calling_pipeline, root_hook
-
-    # What must be put back exactly, as diffusers leaves a registry and a forward on the instance.
-    run.before = {
-        n: model.__dict__[n] for n in ("forward", "_diffusers_hook", "_reset_stateful_cache") if n in model.__dict__
-    }
-    registry = HookRegistry.check_if_exists_or_initialize(model)
-    registry.register_hook(root_hook(run), HOOK)
-    registry.invalidate_child_registries_cache()
+    with _beneath_offloading(model):
+        # What must be put back exactly, as diffusers leaves a registry and a forward on the instance.
+        run.before = {
+            n: model.__dict__[n] for n in ("forward", "_diffusers_hook", "_reset_stateful_cache") if n in model.__dict__
+        }
+        register(model, run, HOOK)
     run.gate.attach()
     if not hasattr(model, "_reset_stateful_cache"):  # classes without CacheMixin: pipelines reset what has the name
         model.__dict__["_reset_stateful_cache"] = lambda recurse=True: run.end(calling_pipeline())
     model.__dict__[ATTRIBUTE] = run
+    ours = {ATTRIBUTE, "__reduce_ex__"} | ({"_reset_stateful_cache"} - run.before.keys())
+    model.__dict__["__reduce_ex__"] = lambda protocol: plain_copy(model, protocol, run.before, ours)
 
 
 def _detach(model: nn.Module) -> None:
+    from .hook import unregister
+
     run: Run = model.__dict__.pop(ATTRIBUTE)
+    del model.__dict__["__reduce_ex__"]
     run.gate.detach()
     registry = model.__dict__["_diffusers_hook"]
-    registry.remove_hook(HOOK, recurse=False)
-    if "_reset_stateful_cache" not in run.before:
-        model.__dict__.pop("_reset_stateful_cache", None)
-    if not registry.hooks:
-        if "_diffusers_hook" not in run.before:
-            del model.__dict__["_diffusers_hook"]
-        if "forward" not in run.before:
-            model.__dict__.pop("forward", None)
+    with _beneath_offloading(model):
+        unregister(model, HOOK)
+        if "_reset_stateful_cache" not in run.before:
+            model.__dict__.pop("_reset_stateful_cache", None)
+        if not registry.hooks:
+            if "_diffusers_hook" not in run.before:
+                del model.__dict__["_diffusers_hook"]
+            if "forward" not in run.before:
+                model.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _beneath_offloading(model: nn.Module) -> Iterator[None]:
+    """Inside, the forward that can be wrapped or unwrapped is the one that accelerate has wrapped, if it has.
+
+    Pipelines with model offload take accelerate's wrap off and put it on anew at the end of every call. What lies above
+    it would be gone after the first call; and it would go itself with a hook that was registered before it.
+    """
+    outer = model.__dict__.get("forward") if "_old_forward" in model.__dict__ else None
+    if outer is not None:
+        model.__dict__["forward"] = model.__dict__["_old_forward"]
+    try:
+        yield
+    finally:
+        if outer is not None:
+            model.__dict__["_old_forward"], model.__dict__["forward"] = model.forward, outer

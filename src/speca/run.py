@@ -18,6 +18,7 @@ from .course import Course
 from .errors import NotEnabledError
 from .model import rows as rowwise
 from .model.calls import Position, time_argument
+from .model.companions import foreign_cache, is_compiled_above
 from .model.gate import Gate
 from .model.overrides import CACHE_ARGUMENTS, PACKED
 from .model.probe import Discovery, Forward, discover
@@ -26,14 +27,14 @@ from .speculator import Branch, Speculator, Work
 
 ATTRIBUTE = "_speca_run"
 MAX_TIED = 4  # rows of one image that a pipeline may stack in one call: cond, uncond and up to two more
+NOT_COMPILED = "its forward runs uncompiled; disable, compile its blocks with compile_repeated_blocks(), enable"
 UNKNOWN = Discovery(False, "not tested yet")
 
 
 class Run:
     """Acceleration of one transformer. Each pipeline that calls it has a course of its own here.
 
-    Calls are answered one at a time: what the gate lets through must not depend on another thread. Copies and pickles
-    of a model begin without courses.
+    Calls are answered one at a time: what the gate lets through must not depend on another thread.
     """
 
     def __init__(
@@ -51,19 +52,10 @@ class Run:
         self._told: set[str] = set()
         self._signature = inspect.signature(type(model).forward)
         self._time = time_argument(model)
-        self._begin()
-
-    def _begin(self) -> None:
+        self._foreign = ""  # what was found of a cache of diffusers when the last run began
         self.courses: weakref.WeakKeyDictionary[Any, Course] = weakref.WeakKeyDictionary()
         self.last: Course | None = None
         self._lock = threading.RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("courses", "last", "_lock", "_home")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _home=weakref.ref(state["model"]))
-        self._begin()
 
     @property
     def branches(self) -> dict[str, Branch]:
@@ -98,7 +90,9 @@ class Run:
         with self._lock:
             course = self.last = self._course(caller)
             arguments = self._bind(args, kwargs)
-            if reason := self._excluded(arguments):
+            if is_compiled_above(self.model):
+                self._note(course, f"{type(self.model).__name__} was compiled after speca.enable: {NOT_COMPILED}.")
+            if reason := self._excluded(course, arguments):
                 self._note(course, f"{type(self.model).__name__} runs plainly: {reason}.")
                 return forward(*args, **kwargs)
             try:
@@ -222,8 +216,12 @@ class Run:
             branch.untie()
         return branch
 
-    def _excluded(self, arguments: dict[str, Any]) -> str:
+    def _excluded(self, course: Course, arguments: dict[str, Any]) -> str:
         """Why a call cannot be accelerated whatever the model does with it; empty if it can."""
+        if self._foreign or not course.running:
+            self._foreign = foreign_cache(self.model, thorough=True)
+        if cache := self._foreign or foreign_cache(self.model):
+            return cache
         caches = [n for n in arguments if n in CACHE_ARGUMENTS and arguments[n] is not None]
         if caches:
             return f"its blocks keep a cache of their own (`{caches[0]}`), which skipped blocks would not fill"

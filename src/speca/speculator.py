@@ -28,6 +28,7 @@ from .model import rows as rowwise
 from .model.calls import Position
 from .model.gate import Features, Gate, Mode
 from .model.probe import Discovery, Forward
+from .model.shards import total_of
 
 
 @dataclass
@@ -234,7 +235,8 @@ class Speculator:
             return out, None
         kind = branch.layouts[count + work.finding.main]
         computed = rowwise.rows_first(real.outputs[work.finding.main], len(rows), kind)
-        return out, self.error(rowwise.fit(streams[count + work.finding.main], computed.shape), computed)
+        told = rowwise.fit(streams[count + work.finding.main], computed.shape)
+        return out, self.error(told, computed, total_of(self.gate.model))
 
     def _check(
         self, work: Work, trajectories: Sequence[Trajectory]

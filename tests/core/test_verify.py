@@ -49,6 +49,17 @@ def test_sums_are_accumulated_in_fp32() -> None:
     assert error_function("relative_l1")(real * 1.25, real).item() == pytest.approx(0.25, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", list(ERRORS))
+def test_parts_of_shards_make_the_error_of_the_whole(name: str) -> None:
+    told, real = torch.randn(3, 8, 5), torch.randn(3, 8, 5)
+    error, parts = error_function(name), []
+    for a, b in zip(told.split([6, 2], 1), real.split([6, 2], 1), strict=True):
+        error(a, b, lambda p, how: parts.append((p, how)) or p)
+    (one, how), (other, _) = parts
+    joined = one + other if how == "sum" else torch.maximum(one, other)
+    torch.testing.assert_close(error(told, real, lambda p, _: joined), error(told, real))
+
+
 def test_unknown_error_names_the_nearest() -> None:
     with pytest.raises(speca.ConfigError, match="did you mean 'relative_l2'"):
         error_function("relativ_l2")

@@ -211,16 +211,6 @@ def test_remarks_on_one_run_are_not_on_the_next() -> None:
     assert speca.report(model).steps == 10
 
 
-def test_a_copy_of_an_enabled_model_has_runs_of_its_own() -> None:
-    case = RECIPES["dit"].build()
-    speca.enable(case.pipe, **LOOSE)
-    case(SEEDS)
-    run = copy.deepcopy(case.transformer.__dict__[ATTRIBUTE])
-    assert run.last is None
-    assert len(run.courses) == 0
-    assert decisions(case) == "FFFAAAFAAAFAAF"
-
-
 def test_a_pipeline_that_is_dropped_takes_its_runs_along() -> None:
     one = RECIPES["flux"].build()
     speca.enable(one.pipe, **LOOSE)

@@ -3,50 +3,72 @@
 All share one signature: `forecast (B, ...), real (B, ...) -> (B,)`, zero for a perfect forecast. They are ratios
 of norms; the mean of element-wise ratios that the authors' code uses diverges where an element is near zero and
 is kept only to reproduce it.
+
+Where a feature is spread over several devices, each holds a shard, and a ratio of shards is not that of the feature.
+So every error first makes parts that add up (or of which the largest counts) and then divides: `total` stands between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, nearest
 
-ErrorFunction = Callable[[Tensor, Tensor], Tensor]
+Total = Callable[[Tensor, Literal["sum", "max"]], Tensor]
 TINY = 1e-10
 
 
-def relative_l2(forecast: Tensor, real: Tensor) -> Tensor:
+class ErrorFunction(Protocol):
+    """One number per row. `total` makes the parts (P, B) of the whole feature from those of this device's shard."""
+
+    def __call__(self, forecast: Tensor, real: Tensor, total: Total = ..., /) -> Tensor: ...
+
+
+def whole(parts: Tensor, how: Literal["sum", "max"]) -> Tensor:
+    """The total where nothing is spread: the parts themselves."""
+    return parts
+
+
+def relative_l2(forecast: Tensor, real: Tensor, total: Total = whole) -> Tensor:
     """`||F_pred - F||_2 / ||F||_2` (SpeCa, arXiv:2509.11628, verification error)."""
     forecast, real = _flat(forecast), _flat(real)
-    ratio: Tensor = (forecast - real).norm(dim=1) / real.norm(dim=1).clamp_min(TINY)
-    return ratio
+    norms = torch.stack([(forecast - real).norm(dim=1), real.norm(dim=1)])
+    gap, size = total(norms.square(), "sum").sqrt().unbind()  # alone, the root of a square is the number itself
+    return gap / size.clamp_min(TINY)
 
 
-def relative_l1(forecast: Tensor, real: Tensor) -> Tensor:
+def relative_l1(forecast: Tensor, real: Tensor, total: Total = whole) -> Tensor:
     """`||F_pred - F||_1 / ||F||_1`."""
     forecast, real = _flat(forecast), _flat(real)
-    return (forecast - real).abs().sum(1) / real.abs().sum(1).clamp_min(TINY)
+    gap, size = total(torch.stack([(forecast - real).abs().sum(1), real.abs().sum(1)]), "sum").unbind()
+    return gap / size.clamp_min(TINY)
 
 
-def linf(forecast: Tensor, real: Tensor) -> Tensor:
+def linf(forecast: Tensor, real: Tensor, total: Total = whole) -> Tensor:
     """`||F_pred - F||_inf / ||F||_inf`."""
     forecast, real = _flat(forecast), _flat(real)
-    return (forecast - real).abs().amax(1) / real.abs().amax(1).clamp_min(TINY)
+    gap, size = total(torch.stack([(forecast - real).abs().amax(1), real.abs().amax(1)]), "max").unbind()
+    return gap / size.clamp_min(TINY)
 
 
-def cosine(forecast: Tensor, real: Tensor) -> Tensor:
+def cosine(forecast: Tensor, real: Tensor, total: Total = whole) -> Tensor:
     """`1 - cos(F_pred, F)`, in [0, 2]; blind to a wrong length."""
     forecast, real = _flat(forecast), _flat(real)
-    return 1 - torch.nn.functional.cosine_similarity(forecast, real, dim=1, eps=TINY)
+    products = [(forecast * real).sum(1), forecast.norm(dim=1).square(), real.norm(dim=1).square()]
+    dot, one, other = total(torch.stack(products), "sum").unbind()
+    return 1 - dot / (one.sqrt() * other.sqrt()).clamp_min(TINY)
 
 
-def elementwise_l1(forecast: Tensor, real: Tensor) -> Tensor:
+def elementwise_l1(forecast: Tensor, real: Tensor, total: Total = whole) -> Tensor:
     """`mean(|F_pred - F| / (|F| + eps))`: the default of the authors' released code, for comparison only."""
     forecast, real = _flat(forecast), _flat(real)
-    return ((forecast - real).abs() / (real.abs() + TINY)).mean(1)
+    ratios = ((forecast - real).abs() / (real.abs() + TINY)).sum(1)
+    added, count = total(torch.stack([ratios, torch.full_like(ratios, forecast.shape[1])]), "sum").unbind()
+    return added / count
 
 
 def _flat(x: Tensor) -> Tensor:

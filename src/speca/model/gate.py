@@ -11,7 +11,6 @@ import enum
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,9 +80,16 @@ class GatedModuleList(nn.ModuleList):
 
     def __getitem__(self, index: Any) -> Any:
         gate: Gate = self.__dict__["_speca_gate"]
-        if isinstance(index, slice) and gate.mode is not Mode.OFF:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        if gate.mode is not Mode.OFF:
             return self.__dict__["_speca_stand_ins"][index]
-        return super().__getitem__(index)
+        return nn.ModuleList(list(self._modules.values())[index])  # a part of the list has no gate
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles are plain lists."""
+        kept = {n: v for n, v in self.__dict__.items() if n not in {"_speca_gate", "_speca_stand_ins"}}
+        return nn.ModuleList, (), kept
 
 
 class StandIn:
@@ -268,12 +274,19 @@ def _quick(
     """A fast `pass_through` for calls that give the same arguments by position, None where there is none."""
     if None in names or is_tuple == (len(names) == 1):
         return None
+    # Written out for one and two outputs, as nearly all blocks have: faster ways cannot be traced by torch.compile.
     if all(name in positional for name in names):
-        by_place = itemgetter(*(positional.index(str(name)) for name in names))
-        return lambda args, kwargs: by_place(args)
+        places = [positional.index(str(name)) for name in names]
+        i, j = places[0], places[-1]
+        if len(places) < 3:
+            return (lambda args, kwargs: (args[i], args[j])) if is_tuple else lambda args, kwargs: args[i]
+        return lambda args, kwargs: tuple([args[place] for place in places])
     if not any(name in positional for name in names):
-        by_name = itemgetter(*names)
-        return lambda args, kwargs: by_name(kwargs)
+        keys = [str(name) for name in names]
+        n, m = keys[0], keys[-1]
+        if len(keys) < 3:
+            return (lambda args, kwargs: (kwargs[n], kwargs[m])) if is_tuple else lambda args, kwargs: kwargs[n]
+        return lambda args, kwargs: tuple([kwargs[key] for key in keys])
     return None
 
 

@@ -16,6 +16,7 @@ Anything else means a hidden path around the verify block, and the model is then
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +62,9 @@ def discover(gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int)
     """
     fresh = _Fresh(arguments, rows)
     gate.called, gate.verify, gate.state, gate.learnt, gate.mode = [], None, (), None, Mode.TRACE
-    out = forward(**fresh())
+    whole = hasattr(forward, "_torchdynamo_orig_callable")  # compiled as one: learning from it is not for a compiler
+    with torch.compiler.set_stance("force_eager") if whole else nullcontext():
+        out = forward(**fresh())
     if gate.verify is None:
         return out, Discovery(False, _no_blocks(gate))
     try:
@@ -70,8 +73,8 @@ def discover(gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int)
         finding = Discovery(False, str(problem))
     except Exception as problem:  # whatever a foreign model raises when it is skipped: run it plainly
         finding = Discovery(False, f"a skipped pass raised {type(problem).__name__}: {problem}")
-    if not finding.supported:
-        # The probe may have left side effects of other calls behind; the true call restores them.
+    if whole or not finding.supported:
+        # The probe may have left side effects of other calls behind, or rounded as eager code; the true call decides.
         gate.mode = Mode.OFF
         out = forward(**fresh())
     return out, finding

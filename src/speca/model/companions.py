@@ -1,0 +1,96 @@
+"""What else a user has put on a model: caches of diffusers, compilation of the whole; and how it is copied."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+
+
+def foreign_cache(model: nn.Module, *, thorough: bool = False) -> str:
+    """The cache of diffusers that is enabled on the model and how to take it off; empty if there is none.
+
+    It would skip blocks on its own, unverified, and record what was never computed. `enable_cache` leaves its settings
+    behind; a cache applied as a function leaves only its hooks, which a `thorough` look through all modules finds.
+    """
+    given = getattr(model, "_cache_config", None)
+    if given is not None:
+        return f"diffusers' own cache is enabled ({type(given).__name__}); call transformer.disable_cache() first"
+    for name, module in model.named_modules() if thorough else ():
+        registry = module.__dict__.get("_diffusers_hook")
+        for key, hook in registry.hooks.items() if registry is not None else ():
+            if hook._is_stateful and type(hook).__module__.startswith("diffusers.hooks."):
+                return (
+                    f"a cache of diffusers sits on {name or 'it'} ({type(hook).__name__}); take it off first, with "
+                    f"HookRegistry.check_if_exists_or_initialize(transformer).remove_hook({key!r})"
+                )
+    return ""
+
+
+def demand_alone(model: nn.Module) -> None:
+    """Refuse what cannot work together with drafts.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    name = type(model).__name__
+    if cache := foreign_cache(model, thorough=True):
+        raise ConfigError(f"{name}: {cache}.")
+    if is_compiled(model):
+        raise ConfigError(
+            f"{name} is compiled as a whole, decisions of speca included. Load it anew and compile its blocks, before "
+            "or after speca.enable, with transformer.compile_repeated_blocks(fullgraph=True), or its own forward with "
+            "transformer.forward = torch.compile(transformer.forward) before speca.enable."
+        )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the whole module was compiled, by `compile()` or `torch.compile(module)`; its blocks do not count."""
+    return model._compiled_call_impl is not None or "_orig_mod" in model._modules
+
+
+def is_compiled_above(model: nn.Module) -> bool:
+    """Whether an accelerated model was compiled after that, with what accelerates it inside.
+
+    The forward of a hook is a partial, and carries the marks of the forward it wraps, which may well be compiled.
+    """
+    forward = model.__dict__.get("forward")
+    return is_compiled(model) or (hasattr(forward, "_torchdynamo_orig_callable") and not isinstance(forward, partial))
+
+
+def plain_copy(model: nn.Module, protocol: Any, before: dict[str, Any], ours: set[str]) -> tuple[Any, ...]:
+    """What `copy.deepcopy` and `pickle` ask of an accelerated model: its parts as they would be without speca.
+
+    A forward that diffusers has hooked keeps a reference to the original module, so a copy of it would compute with
+    the weights of the original; and it cannot be pickled.
+
+    Args:
+        model: the accelerated model.
+        protocol: of pickle.
+        before: attributes of the instance that were there before, as they were.
+        ours: names of attributes to leave out.
+
+    Raises:
+        ConfigError: another hook of diffusers sits beside ours.
+    """
+    if others := [name for name in model.__dict__["_diffusers_hook"].hooks if name != "speca"]:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be copied: the copy would compute with the weights of the original, as "
+            f"diffusers' hooks {others} refer to it. Remove them first, with "
+            f"HookRegistry.check_if_exists_or_initialize(transformer).remove_hook({others[0]!r})."
+        )
+    reduced: tuple[Any, ...] = tuple(type(model).__reduce_ex__(model, protocol))
+    made, arguments, state, *rest = reduced
+    kept = {n: v for n, v in state.items() if n not in ours | {"_diffusers_hook"}}
+    own = before.get("forward", MethodType(type(model).forward, model))
+    if "_old_forward" in kept:  # accelerate's wrap is above ours; what it wraps is a plain method or nothing of ours
+        kept["_old_forward"] = own
+    elif "forward" in before:
+        kept["forward"] = own
+    else:
+        kept.pop("forward", None)
+    return made, arguments, kept, *rest

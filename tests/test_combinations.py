@@ -1,0 +1,364 @@
+"""What people put on a model beside speca: hooks and caches of diffusers, copies, LoRA, compilation."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.hooks import HookRegistry, ModelHook, apply_first_block_cache
+from torch import nn
+from torch._dynamo.utils import counters
+
+import speca
+import tiny
+from speca.model.gate import GatedModuleList
+from speca.pipeline import ATTRIBUTE
+
+SEEDS = [3, 8]
+EXACT = dict(threshold=0.0, min_draft=0)
+LOOSE = dict(threshold=1e9, min_draft=0, max_draft=3)
+
+
+def decisions(case: tiny.Case) -> str:
+    return speca.report(case.pipe).samples[0].decisions
+
+
+# -- another hook -------------------------------------------------------------------------------------
+class Doubling(ModelHook):
+    """Changes outputs in `post_forward`, as most hooks do."""
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return (output[0] * 2, *output[1:])
+
+
+class Negating(ModelHook):
+    """Replaces the forward, as ours does."""
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        out = self.fn_ref.original_forward(*args, **kwargs)
+        return (-out[0], *out[1:])
+
+
+def put_on(case: tiny.Case, hook: type[ModelHook]) -> None:
+    HookRegistry.check_if_exists_or_initialize(case.transformer).register_hook(hook(), "other")
+
+
+def take_off(case: tiny.Case) -> None:
+    HookRegistry.check_if_exists_or_initialize(case.transformer).remove_hook("other")
+
+
+@pytest.mark.parametrize("hook", [Doubling, Negating])
+@pytest.mark.parametrize("speca_first", [False, True])
+def test_another_hook_works_before_during_and_after(hook: type[ModelHook], speca_first: bool) -> None:
+    case = tiny.flux()
+    plain = case(SEEDS)
+    put_on(case, hook)
+    hooked = case(SEEDS)
+    assert not torch.equal(hooked, plain)
+    take_off(case)
+    steps = [lambda: speca.enable(case.pipe, **EXACT), lambda: put_on(case, hook)]
+    for step in steps if speca_first else reversed(steps):
+        step()
+    assert torch.equal(case(SEEDS), hooked)
+    assert set(decisions(case)) == {"F", "R"}
+    speca.disable(case.pipe)
+    assert torch.equal(case(SEEDS), hooked), "disable leaves the other hook"
+    take_off(case)
+    assert torch.equal(case(SEEDS), plain)
+
+
+@pytest.mark.parametrize("hook", [Doubling, Negating])
+@pytest.mark.parametrize("speca_first", [False, True])
+def test_another_hook_that_goes_leaves_speca_working(hook: type[ModelHook], speca_first: bool) -> None:
+    case = tiny.flux()
+    plain = case(SEEDS)
+    speca.enable(case.pipe, **LOOSE)
+    fast = case(SEEDS)
+    if not speca_first:
+        speca.disable(case.pipe)
+    put_on(case, hook)
+    if not speca_first:
+        speca.enable(case.pipe, **LOOSE)
+    take_off(case)
+    assert torch.equal(case(SEEDS), fast)
+    assert "A" in decisions(case)
+    speca.disable(case.pipe)
+    assert torch.equal(case(SEEDS), plain)
+
+
+# -- diffusers' own caches ----------------------------------------------------------------------------
+def broadcast(case: tiny.Case) -> Any:
+    return diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 1000),
+        current_timestep_callback=lambda: case.pipe.current_timestep,
+    )  # fmt: skip
+
+
+CACHES: dict[str, Callable[[tiny.Case], Any]] = {
+    "first block": lambda case: diffusers.FirstBlockCacheConfig(threshold=10.0),
+    "taylorseer": lambda case: diffusers.TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=3),
+    "broadcast": broadcast,
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_of_diffusers_is_refused_with_the_remedy(cache: str) -> None:
+    case = tiny.flux()
+    plain = case(SEEDS)
+    case.transformer.enable_cache(CACHES[cache](case))
+    cached = case(SEEDS)
+    with pytest.raises(speca.ConfigError, match=r"transformer\.disable_cache\(\)"):
+        speca.enable(case.pipe)
+    assert ATTRIBUTE not in case.transformer.__dict__
+    assert torch.equal(case(SEEDS), cached), "what was refused has changed nothing"
+    case.transformer.disable_cache()
+    speca.enable(case.pipe, **EXACT)
+    assert torch.equal(case(SEEDS), plain)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_enabled_after_speca_runs_alone_and_says_so(cache: str) -> None:
+    case = tiny.flux()
+    case.transformer.enable_cache(CACHES[cache](case))
+    cached = case(SEEDS)
+    case.transformer.disable_cache()
+    speca.enable(case.pipe, **LOOSE)
+    fast = case(SEEDS)
+    assert not torch.equal(fast, cached)
+    case.transformer.enable_cache(CACHES[cache](case))
+    with pytest.warns(UserWarning, match=r"transformer\.disable_cache\(\)") as told:
+        outputs = [case(SEEDS) for _ in range(2)]
+    assert len(told) == 1
+    assert all(torch.equal(out, cached) for out in outputs)
+    assert any("runs plainly" in note for note in speca.report(case.pipe).notes)
+    case.transformer.disable_cache()
+    assert torch.equal(case(SEEDS), fast)
+    assert "A" in decisions(case)
+
+
+def test_a_cache_applied_as_a_function_is_noticed_too() -> None:
+    case = tiny.flux()
+    speca.enable(case.pipe, **LOOSE)
+    fast = case(SEEDS)
+    apply_first_block_cache(case.transformer, diffusers.FirstBlockCacheConfig(threshold=10.0))
+    HookRegistry.check_if_exists_or_initialize(case.transformer).invalidate_child_registries_cache()
+    with pytest.warns(UserWarning, match="remove_hook"):
+        case(SEEDS)
+    assert speca.report(case.pipe).samples == ()
+    with pytest.raises(speca.ConfigError, match="fbc_leader_block_hook"):
+        speca.enable(case.pipe)
+    for name in ("fbc_leader_block_hook", "fbc_block_hook"):
+        HookRegistry.check_if_exists_or_initialize(case.transformer).remove_hook(name)
+    assert torch.equal(case(SEEDS), fast)
+
+
+# -- copies and files ---------------------------------------------------------------------------------
+def halved(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_is_plain_and_has_weights_of_its_own(duplicate: Callable[[Any], Any], ran_before: bool) -> None:
+    case, other = tiny.flux(), tiny.flux()
+    plain = other(SEEDS)
+    halved(other.transformer)
+    expected = other(SEEDS)
+    if ran_before:  # diffusers then has a registry of hooks on the model already
+        case(SEEDS)
+    speca.enable(case.pipe, **LOOSE)
+    fast = case(SEEDS)
+    twin = duplicate(case.transformer)
+    assert ATTRIBUTE in case.transformer.__dict__
+    assert ATTRIBUTE not in twin.__dict__
+    assert not any(isinstance(m, GatedModuleList) for m in twin.modules())
+    other.pipe.transformer = twin
+    assert torch.equal(other(SEEDS), plain), "a copy is not accelerated"
+    halved(twin)
+    assert torch.equal(other(SEEDS), expected), "a copy computes with its own weights"
+    assert torch.equal(case(SEEDS), fast), "the original goes on"
+    speca.enable(other.pipe, **EXACT)
+    assert torch.equal(other(SEEDS), expected)
+
+
+def test_a_deepcopy_of_a_pipeline() -> None:
+    case = tiny.dit()
+    plain = case(SEEDS)
+    speca.enable(case.pipe, **LOOSE)
+    fast = case(SEEDS)
+    twin = tiny.Case(copy.deepcopy(case.pipe), case.arguments, case.conditions)
+    assert torch.equal(twin(SEEDS), plain)
+    assert torch.equal(case(SEEDS), fast)
+
+
+def test_a_copy_beside_another_hook_is_refused_with_the_remedy() -> None:
+    case = tiny.flux()
+    put_on(case, Doubling)
+    speca.enable(case.pipe, **EXACT)
+    with pytest.raises(speca.ConfigError, match=r"remove_hook\('other'\)"):
+        copy.deepcopy(case.transformer)
+
+
+def test_saved_while_enabled(tmp_path: Path) -> None:
+    case = tiny.flux()
+    plain = case(SEEDS)
+    speca.enable(case.pipe, **LOOSE)
+    fast = case(SEEDS)
+    case.transformer.save_pretrained(tmp_path)
+    loaded = type(case.transformer).from_pretrained(tmp_path)
+    assert list(loaded.state_dict()) == list(case.transformer.state_dict())
+    case.pipe.transformer = loaded.eval()
+    assert torch.equal(case(SEEDS), plain)
+    speca.enable(case.pipe, **LOOSE)
+    assert torch.equal(case(SEEDS), fast)
+
+
+def test_a_part_of_a_block_list_is_a_plain_list() -> None:
+    model = tiny.dit_transformer()
+    speca.enable(model, num_inference_steps=10)
+    part = model.transformer_blocks[1:]
+    assert type(part) is nn.ModuleList
+    assert list(part) == list(model.transformer_blocks)[1:]
+
+
+# -- LoRA ---------------------------------------------------------------------------------------------
+def add_lora(case: tiny.Case) -> None:
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    targets = ["to_q", "to_k", "proj_mlp", "proj_out"]
+    case.transformer.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+
+
+@pytest.mark.parametrize("extra", [{}, dict(joint_attention_kwargs={"scale": 0.3})], ids=["whole", "scaled"])
+@pytest.mark.parametrize("speca_first", [False, True])
+def test_lora_before_and_after(speca_first: bool, extra: dict[str, Any]) -> None:
+    bare, case = tiny.flux(), tiny.flux()
+    without = bare(SEEDS)
+    add_lora(bare)
+    plain = bare(SEEDS, **extra)
+    assert not torch.equal(plain, without)
+    assert extra == {} or not torch.equal(plain, bare(SEEDS))
+    if speca_first:
+        speca.enable(case.pipe, **EXACT)
+        assert torch.equal(case(SEEDS), without)
+        add_lora(case)
+    else:
+        add_lora(case)
+        speca.enable(case.pipe, **EXACT)
+    assert torch.equal(case(SEEDS, **extra), plain)
+    assert set(decisions(case)) == {"F", "R"}
+
+
+def test_lora_fused_and_taken_off_while_enabled() -> None:
+    bare, case = tiny.flux(), tiny.flux()
+    speca.enable(case.pipe, **EXACT)
+    outputs = []
+    for one in (bare, case):
+        add_lora(one)
+        unfused = one(SEEDS)
+        one.transformer.fuse_lora(lora_scale=0.7)
+        fused = one(SEEDS)
+        one.transformer.unfuse_lora()
+        one.transformer.unload_lora()
+        outputs.append((unfused, fused, one(SEEDS)))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    assert not torch.equal(outputs[0][0], outputs[0][1])
+    speca.enable(case.pipe, **LOOSE)
+    case(SEEDS)
+    assert "A" in decisions(case)
+
+
+# -- torch.compile ------------------------------------------------------------------------------------
+@pytest.fixture
+def counted() -> Iterator[Any]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("speca_first", [False, True])
+def test_compiled_blocks(counted: Any, speca_first: bool) -> None:
+    bare, case = tiny.flux(), tiny.flux()
+    bare.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    plain = bare(SEEDS)
+    if speca_first:
+        speca.enable(case.pipe, **EXACT)
+    case.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    if not speca_first:
+        speca.enable(case.pipe, **EXACT)
+    assert torch.equal(case(SEEDS), plain)
+    assert set(decisions(case)) == {"F", "R"}
+    speca.enable(case.pipe, **LOOSE)
+    case(SEEDS)
+    assert "A" in decisions(case)
+    assert sum(counted["graph_break"].values()) == 0
+    assert counted["stats"]["unique_graphs"] > 0
+
+
+def test_the_original_forward_compiled_whole(counted: Any) -> None:
+    bare, case = tiny.flux(), tiny.flux()
+    for one in (bare, case):
+        one.transformer.forward = torch.compile(one.transformer.forward, fullgraph=True, backend="eager")
+    plain = bare(SEEDS)
+    speca.enable(case.pipe, **EXACT)
+    assert torch.equal(case(SEEDS), plain)
+    assert set(decisions(case)) == {"F", "R"}
+    speca.enable(case.pipe, **LOOSE)
+    case(SEEDS)
+    assert "A" in decisions(case)
+    assert sum(counted["graph_break"].values()) == 0
+    speca.disable(case.pipe)
+    assert torch.equal(case(SEEDS), plain)
+
+
+def test_a_model_compiled_with_its_call_is_refused_with_the_remedy() -> None:
+    case = tiny.flux()
+    case.transformer.compile(backend="eager")
+    with pytest.raises(speca.ConfigError, match=r"compile_repeated_blocks\(fullgraph=True\)"):
+        speca.enable(case.pipe)
+    case = tiny.flux()
+    case.pipe.transformer = torch.compile(case.transformer, backend="eager")
+    with pytest.raises(speca.ConfigError, match=r"compile_repeated_blocks\(fullgraph=True\)"):
+        speca.enable(case.pipe)
+
+
+@pytest.mark.parametrize("how", ["call", "forward"])
+def test_a_model_compiled_after_speca_stays_right_and_says_so(counted: Any, how: str) -> None:
+    case = tiny.flux()
+    speca.enable(case.pipe, **LOOSE)
+    fast = case(SEEDS)
+    if how == "call":
+        case.transformer.compile(backend="eager")
+    else:
+        case.transformer.forward = torch.compile(case.transformer.forward, backend="eager")
+    with pytest.warns(UserWarning, match="compile_repeated_blocks"):
+        assert torch.equal(case(SEEDS), fast)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(case(SEEDS), fast)
+
+
+def test_a_module_wrapped_after_speca_is_still_known(counted: Any) -> None:
+    case = tiny.flux()
+    speca.enable(case.pipe, **LOOSE)
+    fast, model = case(SEEDS), case.transformer
+    case.pipe.transformer = torch.compile(model, backend="eager")
+    assert torch.equal(case(SEEDS), fast)
+    assert "A" in decisions(case)
+    speca.disable(case.pipe)
+    assert ATTRIBUTE not in model.__dict__
