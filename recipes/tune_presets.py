@@ -24,10 +24,9 @@ from speca.zoo import resolve
 
 FIRST_SEED = 500_000
 GRID: dict[str, list[Any]] = {
-    "shape": [("newton", 1), ("newton", 2), ("taylor", 2), ("hermite", 2), ("reuse", 0)],
     "max_draft": [2, 3, 4, 5, 6, 8],
-    "threshold": [0.05, 0.1, 0.2, 1e9],
-    "min_draft": [0, 1],
+    "min_draft": [0, 1, 2],
+    "threshold": [0.015, 0.02, 0.03, 0.04, 0.05, 1e9],  # the last one rejects nothing
 }
 
 
@@ -35,6 +34,8 @@ def main(
     model: Annotated[str, typer.Option(help="Bundled name, local folder or hub id.")] = "fashion-dit",
     samples: Annotated[int, typer.Option(help="Tuning samples.", min=4)] = 32,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=8)] = 50,
+    forecaster: Annotated[str, typer.Option(help="taylor, newton, hermite or reuse.")] = "newton",
+    order: Annotated[int, typer.Option(help="Order of the forecaster, 0 to 2.", min=0, max=2)] = 1,
     out: Annotated[Path, typer.Option(help="JSON lines are appended here.")] = Path("recipes/_work/tune.jsonl"),
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
@@ -51,8 +52,9 @@ def main(
 
     full = run()
     rows: list[dict[str, Any]] = []
-    for (method, order), draft, tau, least in track(list(itertools.product(*GRID.values())), description="settings"):
-        settings = dict(forecaster=method, order=order, max_draft=draft, threshold=tau, min_draft=min(least, draft))
+    fixed: dict[str, Any] = dict(forecaster=forecaster, order=order, threshold_decay=1.0, warmup=3, final=1)
+    for values_of in track(list(itertools.product(*GRID.values())), description="settings"):
+        settings = {**fixed, **dict(zip(GRID, values_of, strict=True))}
         with speca.enabled(pipe, **settings) as session:
             images = run()
         values = psnr(images, full).tolist()
