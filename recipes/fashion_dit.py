@@ -14,8 +14,6 @@ import gzip
 import hashlib
 import json
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,11 +22,10 @@ import torch
 import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from training import commit, console, fit, half, pick, training_table
 
-from speca.zoo.classifier import FashionClassifier
+from speca.zoo.classifier import Classifier
 
 CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -49,7 +46,6 @@ DIT_CONFIG: dict[str, Any] = dict(
     num_attention_heads=4, attention_head_dim=30, in_channels=4, out_channels=4, num_layers=16,
     sample_size=7, patch_size=1, num_embeds_ada_norm=NULL_CLASS, attention_bias=True,
 )  # fmt: skip
-console = Console()
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -78,89 +74,9 @@ def read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(arrays[1]).long()
 
 
-# ------------------------------------------------------------------------------------------------ training loop
-def fit(
-    name: str,
-    model: nn.Module,
-    loss_of: Callable[[torch.Generator], Tensor],
-    *,
-    steps: int,
-    lr: float,
-    work: Path,
-    device: str,
-    decay: float = 0.999,
-    bf16: bool = False,
-) -> nn.Module:
-    """Train `model` for `steps` steps of AdamW and return it with its averaged (EMA) weights.
-
-    The rate is constant and falls linearly to zero over the last quarter, so a run can be prolonged by raising
-    `steps` before that quarter begins. The random stream is seeded by the step: a resumed run sees what an
-    uninterrupted one sees.
-    """
-    path = work / f"{name}.pt"
-    model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    ema = {k: v.clone() for k, v in model.state_dict().items()}
-    begin, seconds = 0, 0.0
-    if path.exists():
-        saved = torch.load(path, map_location=device)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        ema, begin, seconds = saved["ema"], saved["step"], saved["seconds"]
-    columns = (TextColumn(f"{name:10s}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-               TextColumn("loss {task.fields[loss]:.4f}"))  # fmt: skip
-    started, mean_loss = time.time(), float("nan")
-
-    def save(step: int) -> None:
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), ema=ema, step=step,
-                     seconds=seconds + time.time() - started)  # fmt: skip
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-
-    with Progress(*columns, console=console, disable=begin >= steps) as progress:
-        task = progress.add_task(name, total=steps, completed=begin, loss=mean_loss)
-        for step in range(begin, steps):
-            generator = torch.Generator().manual_seed(step)
-            scale = min(1.0, (step + 1) / 200, (steps - step) / (0.25 * steps))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                loss = loss_of(generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            keep = min(decay, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for key, value in model.state_dict().items():
-                    if value.is_floating_point():
-                        ema[key].lerp_(value, 1 - keep)
-                    else:
-                        ema[key].copy_(value)
-            mean_loss = loss.item() if step == begin else 0.98 * mean_loss + 0.02 * loss.item()
-            progress.update(task, advance=1, loss=mean_loss)
-            if (step + 1) % 200 == 0 or step + 1 == steps:
-                save(step + 1)
-                with (work / f"{name}.log").open("a") as log:
-                    log.write(
-                        json.dumps(
-                            dict(
-                                step=step + 1, loss=round(mean_loss, 5), seconds=round(time.time() - started + seconds)
-                            )
-                        )
-                        + "\n"
-                    )
-    model.load_state_dict(ema)
-    return model.eval()
-
-
-def pick(count: int, batch: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, count, (batch,), generator=generator)
-
-
 # ------------------------------------------------------------------------------------------------ stages
-def train_classifier(images: Tensor, labels: Tensor, **how: Any) -> FashionClassifier:
-    model, device = FashionClassifier(), how["device"]
+def train_classifier(images: Tensor, labels: Tensor, **how: Any) -> Classifier:
+    model, device = Classifier(), how["device"]
 
     def loss_of(g: torch.Generator) -> Tensor:
         i = pick(len(images), 256, g)
@@ -229,7 +145,7 @@ def scheduler() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def score(pipe: DiTPipeline, classifier: FashionClassifier, count: int, folder: Path) -> dict[str, Any]:
+def score(pipe: DiTPipeline, classifier: Classifier, count: int, folder: Path) -> dict[str, Any]:
     """Agreement of the classifier with the asked label over `count` samples of 50-step DDIM, guidance 4."""
     pipe.set_progress_bar_config(disable=True)
     agree, images = 0, []
@@ -298,25 +214,18 @@ def main(
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     from safetensors.torch import save_file
 
-    save_file(
-        {k: v.half() if v.is_floating_point() else v for k, v in classifier.state_dict().items()},
-        out / "classifier.safetensors",
-    )
+    save_file(half(classifier), out / "classifier.safetensors")
     pipe = DiTPipeline.from_pretrained(out, torch_dtype=torch.float32)
     result = score(pipe, classifier, scored, out)
     scores = dict(classifier_accuracy=hits / len(test_labels), vae_psnr=round(vae_psnr, 2), **result)
-    logs = {n: json.loads((work / f"{n}.log").read_text().splitlines()[-1]) for n in ("classifier", "vae", "dit")}
+    logs, table = training_table(work, "classifier", "vae", "dit")
     (out / "scores.json").write_text(json.dumps({**scores, "training": logs}, indent=2) + "\n")
-    (out / "README.md").write_text(model_card(scores, logs, batch, device))
+    (out / "README.md").write_text(model_card(scores, table, batch, device))
     console.print_json(data=scores)
 
 
-def model_card(scores: dict[str, Any], logs: dict[str, Any], batch: int, device: str) -> str:
+def model_card(scores: dict[str, Any], table: str, batch: int, device: str) -> str:
     """The model's README: data, licence, how it was trained, what it scored."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    rows = "\n".join(f"| {n} | {v['step']} | {v['seconds'] / 60:.0f} | {v['loss']:.4f} |" for n, v in logs.items())
     return f"""---
 license: apache-2.0
 makes: 28 x 28 grey garments, ten classes
@@ -337,11 +246,9 @@ so that acceleration can be measured on trained weights; it says nothing about F
 - **Data**: Fashion-MNIST (Zalando SE, 2017, MIT licence), the 60,000 training images; the 10,000 test images are held
   out. From Debian's package `dataset-fashion-mnist`, sums checked.
 - **Weights**: Apache-2.0, float16 safetensors.
-- **Training**: `python recipes/fashion_dit.py` (seed 0, batch {batch}, on {device}, commit {commit}):
+- **Training**: `python recipes/fashion_dit.py` (seed 0, batch {batch}, on {device}, commit {commit()}):
 
-| part | steps | minutes | last loss |
-| --- | --- | --- | --- |
-{rows}
+{table}
 
 - **Scores**: the classifier is right on {scores["classifier_accuracy"]:.1%} of real held-out images; it agrees with
   the asked class on {scores["agreement"]:.1%} of {scores["samples"]} samples (50-step DDIM, guidance 4, seeds from

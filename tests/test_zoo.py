@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import tiny
 from speca import InputError, zoo
-from speca.zoo.classifier import FashionClassifier
+from speca.zoo.classifier import Classifier
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": {"0": "cat", "1": "dog, hound"}}))
     (folder / "README.md").write_text("---\nlicense: mit\nmakes: noise of two kinds\n---\n# tiny-dit\n")
     (folder / "scores.json").write_text('{"agreement": 0.5}')
-    save_file({k: v.half() for k, v in FashionClassifier().state_dict().items()}, folder / "classifier.safetensors")
+    save_file({k: v.half() for k, v in Classifier().state_dict().items()}, folder / "classifier.safetensors")
     monkeypatch.setattr(zoo, "WEIGHTS", folder.parent)
     return folder.parent
 

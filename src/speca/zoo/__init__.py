@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from .classifier import FashionClassifier
+    from .classifier import Classifier
 
 WEIGHTS = Path(__file__).parent / "weights"
 """One folder a model, in the layout of ``save_pretrained``, with README.md (model card) and scores.json."""
@@ -59,18 +59,16 @@ def load(name: str, *, dtype: torch.dtype | None = None, device: str = "cpu") ->
     return _from_folder(_bundled(name), dtype).to(device)
 
 
-def load_classifier(name: str) -> FashionClassifier:
+def load_classifier(name: str) -> Classifier:
     """The classifier that scores images of bundled model `name`: float32, in eval mode, on the CPU."""
     from safetensors.torch import load_file
 
-    from .classifier import FashionClassifier
+    from .classifier import Classifier
 
     path = _bundled(name) / "classifier.safetensors"
     if not path.is_file():
         raise InputError(f"{name} comes without a classifier, so its images cannot be scored.")
-    scorer = FashionClassifier()
-    scorer.load_state_dict(load_file(path))  # copies fp16 into the float32 parameters
-    return scorer.eval()
+    return Classifier.like(load_file(path))
 
 
 def resolve(model: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:

@@ -1,4 +1,4 @@
-"""The small convolutional classifier that scores the bundled Fashion-MNIST model."""
+"""The small convolutional classifiers that score the bundled models."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 
-class FashionClassifier(nn.Module):
-    """Ten-way classifier of 28 x 28 grey garments, about 70 k parameters.
+class Classifier(nn.Module):
+    """Classifier of small pictures: stages of two convolutions, each halving the side and doubling the width.
 
-    Input ``(B, 1, 28, 28)`` in [-1, 1], output logits ``(B, 10)``.
+    Input ``(B, channels, H, W)`` in [-1, 1] with sides divisible by 2**stages, or rounded down; output logits
+    ``(B, classes)``. The defaults are those of the Fashion-MNIST scorer, about 70 k parameters.
     """
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, channels: int = 1, classes: int = 10, width: int = 16, stages: int = 3) -> None:
         super().__init__()
 
         def stage(inner: int, outer: int) -> list[nn.Module]:
@@ -26,8 +27,20 @@ class FashionClassifier(nn.Module):
                 nn.MaxPool2d(2),
             ]
 
-        self.body = nn.Sequential(*stage(1, width), *stage(width, 2 * width), *stage(2 * width, 4 * width))
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(4 * width, 10))
+        widths = [channels, *(width * 2**k for k in range(stages))]
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.body = nn.Sequential(*(layer for inner, outer in pairs for layer in stage(inner, outer)))
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(widths[-1], classes)]
+        self.head = nn.Sequential(*head)
+
+    @classmethod
+    def like(cls, state: dict[str, Tensor]) -> Classifier:
+        """The classifier that `state` belongs to, in eval mode, with its weights in float32: shapes say the rest."""
+        convolutions = [value for name, value in state.items() if name.startswith("body") and value.ndim == 4]
+        width, channels = convolutions[0].shape[:2]
+        model = cls(channels, len(state["head.3.bias"]), width, len(convolutions) // 2)
+        model.load_state_dict(state)
+        return model.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.as_tensor(self.head(self.body(images)))
