@@ -6,8 +6,10 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pytest
@@ -18,7 +20,7 @@ from torch._dynamo.utils import counters
 
 import speca
 import tiny
-from speca.model.gate import GatedModuleList
+from speca.model.gate import GatedModuleList, Mode
 from speca.pipeline import ATTRIBUTE
 
 SEEDS = [3, 8]
@@ -204,6 +206,138 @@ def test_a_deepcopy_of_a_pipeline() -> None:
     assert torch.equal(case(SEEDS), fast)
 
 
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_a_shallow_copy_is_plain_and_shares_the_weights(ran_before: bool) -> None:
+    case = tiny.flux()
+    if ran_before:
+        case(SEEDS)
+    plain = tiny.flux()(SEEDS)
+    speca.enable(case.pipe, **LOOSE)
+    fast = case(SEEDS)
+    twin = tiny.Case(copy.copy(case.pipe), case.arguments, case.conditions)
+    twin.pipe.transformer = copy.copy(case.transformer)
+    assert ATTRIBUTE in case.transformer.__dict__ and ATTRIBUTE not in twin.transformer.__dict__
+    assert not any(isinstance(m, GatedModuleList) for m in twin.transformer.modules())
+    assert not any(m.training for m in twin.transformer.modules())
+    shared = zip(twin.transformer.parameters(), case.transformer.parameters(), strict=True)
+    assert all(a is b for a, b in shared)
+    assert torch.equal(twin(SEEDS), plain), "a copy is not accelerated"
+    drafting: Any = case.transformer.__dict__[ATTRIBUTE]
+    drafting.gate.mode = Mode.PASS  # as while another thread drafts with the original
+    assert torch.equal(twin(SEEDS), plain)
+    drafting.gate.forget()
+    assert torch.equal(case(SEEDS), fast), "the original goes on"
+    speca.enable(twin.pipe, **EXACT)
+    assert torch.equal(twin(SEEDS), plain)
+    assert torch.equal(case(SEEDS), fast), "each has a gate of its own"
+    speca.disable(case.pipe)
+    assert torch.equal(twin(SEEDS), plain) and set(decisions(twin)) == {"F", "R"}
+    assert torch.equal(case(SEEDS), plain)
+
+
+def test_a_model_that_shares_its_blocks_with_an_accelerated_one_is_refused_with_the_remedy() -> None:
+    case = tiny.flux()
+    twin = copy.copy(case.transformer)  # of a model that is not accelerated: the very same lists
+    speca.enable(case.pipe, **LOOSE)
+    fast = case(SEEDS)
+    with pytest.raises(speca.ConfigError, match=r"transformer_blocks.*speca\.disable.*copy\.deepcopy"):
+        speca.enable(twin, num_inference_steps=10)
+    assert ATTRIBUTE not in twin.__dict__
+    assert torch.equal(case(SEEDS), fast), "what was refused has changed nothing"
+    speca.disable(case.pipe)
+    speca.enable(twin, num_inference_steps=10)
+
+
+def test_two_models_of_one_pipeline_that_share_their_blocks_are_left_as_they_were() -> None:
+    case = tiny.flux()
+    plain, twin = case(SEEDS), copy.copy(case.transformer)
+    parts = mock.patch.object(type(case.pipe), "components", dict(transformer=case.transformer, transformer_2=twin))
+    with parts, pytest.raises(speca.ConfigError, match="shares"):
+        speca.enable(case.pipe)
+    assert not any(ATTRIBUTE in m.__dict__ for m in (case.transformer, twin))
+    assert not any(isinstance(m, GatedModuleList) for m in case.transformer.modules())
+    assert torch.equal(case(SEEDS), plain)
+
+
+# -- blocks that change -------------------------------------------------------------------------------
+def replace(model: Any) -> None:
+    model.single_transformer_blocks[2] = copy.deepcopy(model.single_transformer_blocks[0])
+
+
+def replace_list(model: Any) -> None:
+    model.transformer_blocks = nn.ModuleList([copy.deepcopy(b) for b in reversed(list(model.transformer_blocks))])
+
+
+def append(model: Any) -> None:
+    model.single_transformer_blocks.append(copy.deepcopy(model.single_transformer_blocks[0]))
+
+
+def remove(model: Any) -> None:
+    del model.single_transformer_blocks[1]
+
+
+CHANGES = {"block": replace, "list": replace_list, "append": append, "remove": remove}
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["enabled", "paused"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_blocks_changed_between_runs(change: str, paused: bool) -> None:
+    bare, case = tiny.flux(), tiny.flux()
+    before = bare(SEEDS)
+    CHANGES[change](bare.transformer)
+    plain = bare(SEEDS)
+    assert not torch.equal(plain, before)
+    speca.enable(bare.pipe, **LOOSE)
+    fast = bare(SEEDS)
+    for settings, expected in ((EXACT, plain), (LOOSE, fast)):
+        case = tiny.flux()
+        old = [m for m in case.transformer.children() if isinstance(m, nn.ModuleList)]
+        with speca.enabled(case.pipe, **settings) as session:
+            case(SEEDS)
+            with session.paused() if paused else nullcontext():
+                CHANGES[change](case.transformer)
+            assert torch.equal(case(SEEDS), expected)
+            assert any("replaced" in note for note in session.report().notes)
+            assert torch.equal(case(SEEDS), expected)
+            assert not any("replaced" in note for note in session.report().notes)
+        assert torch.equal(case(SEEDS), plain)
+        assert all(type(m) is nn.ModuleList and not vars(m).keys() - vars(nn.ModuleList()).keys() for m in old)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_blocks_changed_in_mid_run(change: str) -> None:
+    def altering(case: tiny.Case) -> torch.Tensor:
+        def at_step(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+            if step == 6:
+                CHANGES[change](pipe.transformer)
+            return {}
+
+        return case(SEEDS, callback_on_step_end=at_step)
+
+    plain = altering(tiny.flux())
+    exact, loose = tiny.flux(), tiny.flux()
+    speca.enable(exact.pipe, **EXACT)
+    assert torch.equal(altering(exact), plain)
+    speca.enable(loose.pipe, **LOOSE)
+    altering(loose)
+    assert decisions(loose) == "FFFAAAF" + "FFF" + "AAA" + "F", "what was kept of other blocks is not forecast from"
+
+
+def test_a_list_of_another_accelerated_model_is_refused_in_the_call() -> None:
+    case, other = tiny.flux(), tiny.flux()
+    speca.enable(case.pipe, **LOOSE)
+    speca.enable(other.pipe, **LOOSE)
+    case(SEEDS)
+    expected = other(SEEDS)
+    own, case.transformer.transformer_blocks = case.transformer.transformer_blocks, other.transformer.transformer_blocks
+    with pytest.raises(speca.ConfigError, match="shares transformer_blocks"):
+        case(SEEDS)
+    assert torch.equal(other(SEEDS), expected)
+    case.transformer.transformer_blocks = own
+    assert torch.equal(case(SEEDS), expected), "it is the same model as the other"
+
+
+# -- copies of what has other hooks -------------------------------------------------------------------
 def test_a_copy_beside_another_hook_is_refused_with_the_remedy() -> None:
     case = tiny.flux()
     put_on(case, Doubling)

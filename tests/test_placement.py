@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers.hooks.group_offloading import ModuleGroup
+from diffusers.hooks.group_offloading import (
+    GroupOffloadingConfig,
+    GroupOffloadingType,
+    ModuleGroup,
+    _apply_group_offloading,
+)
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor
@@ -93,6 +99,24 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         assert decisions(case) == [DRAFTED] * len(SEEDS)
         held[kept] = speca.report(case.pipe).bytes_per_sample
     assert held["float32"] == 2 * held["model"] == 2 * held["bfloat16"] == 2 * held["float16"] > 0
+
+
+def test_int8_weights() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    case = tiny.flux()
+    unquantised = case(SEEDS)
+    quantization.quantize_(case.transformer, quantization.Int8WeightOnlyConfig())
+    parameters = dict(case.transformer.named_parameters())
+    plain = case(SEEDS)
+    assert not torch.equal(plain, unquantised)
+    assert_exact_and_drafts(case, plain)
+    assert_rows_are_their_own(case)
+    speca.enable(case.pipe, **mixed(case))
+    assert torch.equal(case(SEEDS), case(SEEDS))
+    assert {"A", "R"} <= set("".join(decisions(case)))
+    speca.disable(case.pipe)
+    assert torch.equal(case(SEEDS), plain)
+    assert all(p is parameters[n] for n, p in case.transformer.named_parameters()), "the weights are as they were"
 
 
 # -- what is added to a model's inputs ----------------------------------------------------------------
@@ -229,6 +253,102 @@ def test_offload(name: str, enabled_first: bool) -> None:
     assert moved.called, "offloading must still be at work"
     with pytest.raises(speca.NotEnabledError):
         speca.report(case.pipe)
+
+
+class Away:
+    """Equal to the device that weights are on while their group is offloaded: on a CPU all devices are the same one."""
+
+    def __init__(self, group: ModuleGroup, away: dict[Tensor, Tensor]) -> None:
+        self.group, self.away = group, away
+
+    def __eq__(self, device: object) -> bool:
+        return any(t in self.away for t in held(self.group))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Stream:
+    """Copies are only there once they were waited for."""
+
+    def __init__(self) -> None:
+        self.pending: list[Callable[[], None]] = []
+
+    def synchronize(self) -> None:
+        for arrive in self.pending:
+            arrive()
+        self.pending.clear()
+
+
+def held(group: ModuleGroup) -> list[Tensor]:
+    return [*(p for m in group.modules for p in (*m.parameters(), *m.buffers())), *group.parameters, *group.buffers]
+
+
+@contextmanager
+def two_devices() -> Iterator[dict[Tensor, Tensor]]:
+    """Weights that a group has offloaded, or whose copy was not waited for, are NaN."""
+    away: dict[Tensor, Tensor] = {}
+
+    def offload(group: ModuleGroup) -> None:
+        for tensor in held(group):
+            away.setdefault(tensor, tensor.data)
+            tensor.data = torch.full_like(tensor.data, torch.nan)
+
+    def onload(group: ModuleGroup) -> None:
+        def arrive() -> None:
+            for tensor in held(group):
+                tensor.data = away.pop(tensor, tensor.data)
+
+        if group.stream is not None:
+            group.stream.synchronize()
+            offload(group)
+        if group.stream is not None and group.non_blocking:
+            group.stream.pending.append(arrive)
+        else:
+            arrive()
+
+    with mock.patch.multiple(ModuleGroup, onload_=onload, offload_=offload):
+        yield away
+
+
+def offload_blocks(case: tiny.Case, away: dict[Tensor, Tensor], kind: str, stream: Any, blocks: int | None) -> None:
+    cpu = torch.device("cpu")
+    config = GroupOffloadingConfig(
+        cpu, cpu, GroupOffloadingType(kind), non_blocking=stream is not None, record_stream=False,
+        low_cpu_mem_usage=True, num_blocks_per_group=blocks, stream=stream,
+    )  # fmt: skip
+    _apply_group_offloading(case.transformer, config)  # `apply_group_offloading` itself has no streams on a CPU
+    for module in case.transformer.modules():
+        hook = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).get("group_offloading")
+        if hook is not None:
+            hook.group.offload_device = Away(hook.group, away)
+
+
+@pytest.mark.parametrize("order", ["offload first", "speca first", "offload between runs"])
+@pytest.mark.parametrize(
+    ("kind", "blocks", "streams"),
+    [("block_level", n, False) for n in (1, 2, 3)]
+    + [("leaf_level", None, False), ("block_level", 1, True), ("leaf_level", None, True)],
+)
+def test_groups_of_blocks(kind: str, blocks: int | None, streams: bool, order: str) -> None:
+    """A draft skips blocks that bring, or have fetched ahead, the weights of the block that checks."""
+    case = tiny.flux()
+    plain = case(SEEDS)
+    speca.enable(case.pipe, **LOOSE)
+    drafted = case(SEEDS)
+    if order != "offload between runs":
+        speca.disable(case.pipe)
+    if order == "speca first":
+        speca.enable(case.pipe, **LOOSE)
+    with two_devices() as away:
+        offload_blocks(case, away, kind, Stream() if streams else None, blocks)
+        assert bool(next(case.transformer.parameters()).isnan().all()), "the weights must be away"
+        if order == "offload first":
+            speca.enable(case.pipe, **LOOSE)
+        assert not case(SEEDS).isnan().any()  # with streams, diffusers learns the order of blocks in the first call
+        assert torch.equal(case(SEEDS), drafted)
+        assert_exact_and_drafts(case, plain)
+        speca.disable(case.pipe)
+        assert torch.equal(case(SEEDS), plain)
 
 
 # -- one sequence over several processes --------------------------------------------------------------

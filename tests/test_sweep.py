@@ -6,9 +6,12 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
+import tokenizers
+import transformers
 from typer.testing import CliRunner
 
 import tiny
@@ -79,17 +82,70 @@ def test_a_failed_check_is_seen_on_the_page() -> None:
     assert "**failed**: bit-identical" in page([Result(case, failures=["bit-identical at threshold 0"])])
 
 
-@SAME
-def test_check_of_a_local_model_prints_the_facts_of_its_row(tmp_path: Path) -> None:
-    case = next(case for case in CASES if case.name == "DiTTransformer2DModel")
+def words(length: int) -> Any:
+    """A tokenizer that knows three words, and texts of `length` tokens."""
+    known = {"<pad>": 0, "<unk>": 1, "a": 2, "photo": 3}
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
+    split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=split, pad_token="<pad>", unk_token="<unk>", eos_token="<unk>", model_max_length=length
+    )
+
+
+def clip(width: int) -> Any:
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=4, hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+            pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def dit_pipeline(case: Case) -> Any:
     # The pipeline's empty class is number 1000; the tiny model of the sweep has fewer.
     model = build(dataclasses.replace(case, config={**case.config, "num_embeds_ada_norm": 1000}))
-    diffusers.DiTPipeline(model, tiny.vae(), diffusers.DDIMScheduler()).save_pretrained(tmp_path / "dit")
-    result = CliRunner().invoke(app, ["check", str(tmp_path / "dit")])
+    return diffusers.DiTPipeline(model, tiny.vae(), diffusers.DDIMScheduler())
+
+
+def flux_pipeline(case: Case) -> Any:
+    t5 = transformers.T5Config(
+        vocab_size=4, d_model=12, d_kv=6, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=tiny.vae(), transformer=build(case),
+        text_encoder=clip(10), tokenizer=words(77), text_encoder_2=transformers.T5EncoderModel(t5),
+        tokenizer_2=words(512),
+    )  # fmt: skip
+
+
+def hunyuan_pipeline(case: Case) -> Any:
+    llama = transformers.LlamaConfig(  # of its layers the pipeline leaves out the last two
+        vocab_size=4, hidden_size=12, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2, pad_token_id=0
+    )
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=transformers.LlamaModel(llama), tokenizer=words(512), transformer=build(case),
+        vae=tiny.hunyuan_video().pipe.vae, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        text_encoder_2=clip(8), tokenizer_2=words(77),
+    )  # fmt: skip
+
+
+FOLDERS = {
+    "DiTTransformer2DModel": dit_pipeline,
+    "FluxTransformer2DModel": flux_pipeline,
+    "HunyuanVideoTransformer3DModel": hunyuan_pipeline,
+}
+
+
+@SAME
+@pytest.mark.parametrize("name", FOLDERS)
+def test_check_of_a_local_model_prints_the_facts_of_its_row(name: str, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == name)
+    FOLDERS[name](case).save_pretrained(tmp_path / "model")
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "model")])
     assert result.exit_code == 0, result.output
     line = next(line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{case.name}` |"))
-    name, blocks, verify, state = (cell.strip().replace("`", "") for cell in line.split("|")[1:5])
-    for head, fact in (("model", name), ("blocks", blocks), ("verify block", verify), ("state", state)):
+    model, blocks, verify, state = (cell.strip().replace("`", "") for cell in line.split("|")[1:5])
+    for head, fact in (("model", model), ("blocks", blocks), ("verify block", verify), ("state", state)):
         assert re.search(rf"^\s*{head}\s+{re.escape(fact)}\s*$", result.stdout, re.MULTILINE), (head, fact)
 
 

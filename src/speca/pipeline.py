@@ -11,7 +11,7 @@ from torch import nn
 from .config import MIN_STEPS, SpecaConfig
 from .errors import ConfigError, NotEnabledError, UnsupportedModelError
 from .model.companions import demand_alone, plain_copy
-from .model.gate import block_lists
+from .model.gate import block_lists, demand_free
 from .report import Report
 from .run import ATTRIBUTE, Run
 
@@ -42,7 +42,8 @@ def enable(
         **overrides: any field of `SpecaConfig`.
 
     Raises:
-        ConfigError: an unknown preset or setting, a value out of range, or a cache of diffusers that is enabled.
+        ConfigError: an unknown preset or setting, a value out of range, a cache of diffusers that is enabled, or block
+            lists that another accelerated model shares.
         UnsupportedModelError: no diffusion transformer here, for instance a UNet.
     """
     config = SpecaConfig.build(preset, **overrides)
@@ -59,9 +60,15 @@ def enable(
         )
     for model in _modules(target).values():
         demand_alone(model)
-    disable(target)
     for model in models:
-        _attach(model, Run(model, config, target, scheduler, num_inference_steps))
+        demand_free(model)
+    disable(target)
+    try:
+        for model in models:
+            _attach(model, Run(model, config, target, scheduler, num_inference_steps))
+    except ConfigError:  # two of them share their blocks
+        disable(target)
+        raise
     return target
 
 
@@ -175,13 +182,13 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 def _attach(model: nn.Module, run: Run) -> None:
     from .hook import calling_pipeline, register
 
+    run.gate.attach()
     with _beneath_offloading(model):
         # What must be put back exactly, as diffusers leaves a registry and a forward on the instance.
         run.before = {
             n: model.__dict__[n] for n in ("forward", "_diffusers_hook", "_reset_stateful_cache") if n in model.__dict__
         }
         register(model, run, HOOK)
-    run.gate.attach()
     if not hasattr(model, "_reset_stateful_cache"):  # classes without CacheMixin: pipelines reset what has the name
         model.__dict__["_reset_stateful_cache"] = lambda recurse=True: run.end(calling_pipeline())
     model.__dict__[ATTRIBUTE] = run

@@ -18,7 +18,7 @@ from .course import Course
 from .errors import NotEnabledError
 from .model import rows as rowwise
 from .model.calls import Position, time_argument
-from .model.companions import foreign_cache, is_compiled_above
+from .model.companions import foreign_cache, is_compiled_above, learns_order
 from .model.gate import Gate
 from .model.overrides import CACHE_ARGUMENTS, PACKED
 from .model.probe import Discovery, Forward, discover
@@ -46,6 +46,7 @@ class Run:
         self.gate = Gate(model)
         self.speculator = Speculator(config, self.gate)
         self.findings: dict[tuple[object, object, bool], Discovery] = {}
+        self._renewals = 0  # of the blocks that the findings are about
         self.before: dict[str, Any] = {}
         self.curious = False  # test the model even where a run is too short to gain from it
         self._home = weakref.ref(home)
@@ -90,6 +91,7 @@ class Run:
         with self._lock:
             course = self.last = self._course(caller)
             arguments = self._bind(args, kwargs)
+            self._renew(course)
             if is_compiled_above(self.model):
                 self._note(course, f"{type(self.model).__name__} was compiled after speca.enable: {NOT_COMPILED}.")
             if reason := self._excluded(course, arguments):
@@ -167,6 +169,11 @@ class Run:
     def _answer(self, course: Course, work: Work, key: tuple[object, object, bool]) -> Any:
         """By the speculator, or plainly where nothing is gained or the model is not supported."""
         finding, branch = work.finding, work.branch
+        if learns_order(self.model):
+            _note_full(branch, work.position)
+            branch.restart()  # of this step nothing is kept
+            course.note(f"step {work.position.index} ran plainly, as diffusers learns from it what to fetch ahead.")
+            return work.forward(**work.arguments)
         if finding is UNKNOWN and (self.curious or not branch.idle):
             return self._discover(course, work, key)
         if finding.supported and not branch.idle:
@@ -215,6 +222,19 @@ class Run:
         if second_step and _stacked(first, rows) != len(first_record.rows):
             branch.untie()
         return branch
+
+    def _renew(self, course: Course) -> None:
+        """Forget what was learnt of blocks that were replaced, and what was kept of them."""
+        self.gate.refresh()
+        if self.gate.renewals == self._renewals:
+            return
+        self._renewals = self.gate.renewals
+        if not self.findings:
+            return
+        self.findings.clear()
+        course.note(f"blocks of {type(self.model).__name__} were replaced; it was tested anew.")
+        for branch in [b for c in self.courses.values() if c.running for b in c.branches.values()]:
+            branch.restart()
 
     def _excluded(self, course: Course, arguments: dict[str, Any]) -> str:
         """Why a call cannot be accelerated whatever the model does with it; empty if it can."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
+from .gate import GatedModuleList
 
 
 def foreign_cache(model: nn.Module, *, thorough: bool = False) -> str:
@@ -62,8 +64,18 @@ def is_compiled_above(model: nn.Module) -> bool:
     return is_compiled(model) or (hasattr(forward, "_torchdynamo_orig_callable") and not isinstance(forward, partial))
 
 
+def learns_order(model: nn.Module) -> bool:
+    """Whether group offloading with streams is about to learn, from one call, which weights to fetch ahead when.
+
+    It must see each block run once: a draft, or the passes of the self-test, would teach it to use weights before they
+    have arrived, which no error tells.
+    """
+    registry = model.__dict__.get("_diffusers_hook")
+    return registry is not None and "lazy_prefetch_group_offloading" in registry.hooks
+
+
 def plain_copy(model: nn.Module, protocol: Any, before: dict[str, Any], ours: set[str]) -> tuple[Any, ...]:
-    """What `copy.deepcopy` and `pickle` ask of an accelerated model: its parts as they would be without speca.
+    """What `copy` and `pickle` ask of an accelerated model: its parts as they would be without speca.
 
     A forward that diffusers has hooked keeps a reference to the original module, so a copy of it would compute with
     the weights of the original; and it cannot be pickled.
@@ -86,11 +98,24 @@ def plain_copy(model: nn.Module, protocol: Any, before: dict[str, Any], ours: se
     reduced: tuple[Any, ...] = tuple(type(model).__reduce_ex__(model, protocol))
     made, arguments, state, *rest = reduced
     kept = {n: v for n, v in state.items() if n not in ours | {"_diffusers_hook"}}
+    # A list that a shallow copy shared would skip blocks for the copy whenever the original drafts.
+    kept["_modules"] = {n: _plain_list(m) for n, m in model._modules.items()}
     own = before.get("forward", MethodType(type(model).forward, model))
     if "_old_forward" in kept:  # accelerate's wrap is above ours; what it wraps is a plain method or nothing of ours
         kept["_old_forward"] = own
-    elif "forward" in before:
+    elif "forward" in before and own != MethodType(type(model).forward, model):
         kept["forward"] = own
     else:
         kept.pop("forward", None)
     return made, arguments, kept, *rest
+
+
+def _plain_list(module: Any) -> Any:
+    """A gated list as a plain one of the same blocks, also inside a ModuleDict; anything else as it is."""
+    if isinstance(module, GatedModuleList):
+        return copy.copy(module)
+    if isinstance(module, nn.ModuleDict) and any(isinstance(m, GatedModuleList) for m in module.values()):
+        plain = copy.copy(module)
+        plain.__dict__["_modules"] = {n: _plain_list(m) for n, m in module.items()}
+        return plain
+    return module

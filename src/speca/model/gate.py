@@ -10,12 +10,13 @@ from __future__ import annotations
 import enum
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from .rows import Layout, fit
 
 
@@ -110,7 +111,7 @@ class StandIn:
         gate, slots = self.gate, self.slots
         if gate.mode.drafts and slots is not None and slots.quick is not None and self is not gate.verify:
             try:
-                return slots.quick(args, kwargs)  # half a microsecond: all that a skipped block costs
+                return slots.quick(args, kwargs)  # what a skipped block costs, see recipes/skip_overhead.py
             except LookupError:  # given by name what was given by position when it was learnt, or the other way round
                 pass
         return gate.run(self, args, kwargs)
@@ -165,7 +166,9 @@ class Gate:
     model: nn.Module
     mode: Mode = Mode.OFF
     lists: dict[str, nn.ModuleList] = field(default_factory=dict)
+    blocks: dict[str, list[Any]] = field(default_factory=dict)  # of each list, as they were last seen
     stand_ins: dict[str, list[StandIn]] = field(default_factory=dict)
+    renewals: int = 0  # how often blocks were not those known before, so that nothing learnt of them holds
     verify: StandIn | None = None
     state: tuple[str, ...] = ()
     learnt: Learnt | None = None
@@ -175,14 +178,28 @@ class Gate:
     forecast: Features | None = None
 
     def attach(self) -> None:
-        """Put the gate into every block list of the model. Undone by `detach`; what was learnt of blocks is kept."""
-        for name, blocks in block_lists(self.model).items():
-            known = self.stand_ins.get(name, [])
-            if [s.block for s in known] != list(blocks):
-                known = self.stand_ins[name] = [StandIn(self, b, f"{name}.{i}") for i, b in enumerate(blocks)]
-            blocks.__dict__["_speca_gate"], blocks.__dict__["_speca_stand_ins"] = self, known
-            blocks.__class__ = GatedModuleList
-            self.lists[name] = blocks
+        """Put the gate into every block list of the model. Undone by `detach`; what was learnt of blocks is kept.
+
+        Raises:
+            ConfigError: a list is gated already, for another model that shares it.
+        """
+        lists = block_lists(self.model)
+        demand_free(self.model)
+        if self.blocks != (blocks := _blocks_of(lists)):
+            self.blocks = blocks
+            self.stand_ins = {n: [StandIn(self, b, f"{n}.{i}") for i, b in enumerate(own)] for n, own in blocks.items()}
+            self.learnt, self.renewals = None, self.renewals + 1
+        for name, gated in lists.items():
+            gated.__dict__["_speca_gate"], gated.__dict__["_speca_stand_ins"] = self, self.stand_ins[name]
+            gated.__class__ = GatedModuleList
+        self.lists = lists
+
+    def refresh(self) -> None:
+        """Take up blocks and lists that were replaced, added or removed since `attach`; quick where none was."""
+        lists = block_lists(self.model)
+        if lists != self.lists or _blocks_of(lists) != self.blocks:
+            self.detach()
+            self.attach()
 
     def detach(self) -> None:
         """Give every list its class and attributes back."""
@@ -215,8 +232,11 @@ class Gate:
         if self.mode is Mode.TRACE:
             return self._trace(stand_in, args, kwargs)
         if stand_in is not self.verify:
-            if self.mode is Mode.FULL or stand_in.slots is None:
+            if self.mode is Mode.FULL:
                 return stand_in.block(*args, **kwargs)
+            if stand_in.slots is None:
+                with onloaded(stand_in.block):
+                    return stand_in.block(*args, **kwargs)
             return stand_in.pass_through(stand_in.bind(args, kwargs))
         if self.mode is Mode.UNCHECKED:
             return self._substitute(stand_in, stand_in.bind(args, kwargs))
@@ -224,14 +244,16 @@ class Gate:
             assert self.forecast is not None
             bound = stand_in.bind(args, kwargs)
             given = {n: self._fitted(f, bound[n]) for n, f in zip(self.state, self.forecast.state, strict=True)}
-            out = stand_in.call_with(args, kwargs, given)
+            with onloaded(stand_in.block):
+                out = stand_in.call_with(args, kwargs, given)
             self.features = Features([], tensors_of(out))
             return out
         bound = stand_in.bind(args, kwargs)
         state = [bound[name] for name in self.state] if self.mode is Mode.FULL else []
         if stand_in.writes:
             state = [s.clone() for s in state]
-        out = stand_in.block(*args, **kwargs)
+        with onloaded(stand_in.block) if self.mode is Mode.PASS else nullcontext():
+            out = stand_in.block(*args, **kwargs)
         self.bound = bound if self.mode is Mode.PASS else {}
         self.features = Features(state, tensors_of(out))
         return out
@@ -309,6 +331,47 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         if isinstance(child, nn.ModuleDict):
             candidates |= {f"{name}.{key}": inner for key, inner in child.named_children()}
     return {n: c for n, c in candidates.items() if isinstance(c, nn.ModuleList) and type(c) in LIST_TYPES and len(c)}
+
+
+def _blocks_of(lists: dict[str, nn.ModuleList]) -> dict[str, list[Any]]:
+    return {name: list(blocks._modules.values()) for name, blocks in lists.items()}
+
+
+def onloaded(block: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the weights of a block that runs in a draft are on its device.
+
+    Group offloading of diffusers brings the weights of several blocks when the first of them runs, and takes them away
+    after the last. A draft skips either, and then the block has to ask for its group itself.
+    """
+    registry: Any = getattr(block, "_diffusers_hook", None)
+    hook = registry.hooks.get("group_offloading") if registry is not None else None
+    return nullcontext() if hook is None else _onloaded(hook.group, registry._module_ref)
+
+
+@contextmanager
+def _onloaded(group: Any, block: nn.Module) -> Iterator[None]:
+    if group.onload_leader is not None and group.onload_leader is not block:
+        group.onload_()
+    try:
+        yield
+    finally:
+        if group.offload_leader is not block:
+            group.offload_()
+
+
+def demand_free(model: nn.Module) -> None:
+    """Refuse block lists that another accelerated model iterates as well: a list can have one gate.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    gates = {name: blocks.__dict__.get("_speca_gate") for name, blocks in block_lists(model).items()}
+    shared = [name for name, gate in gates.items() if gate is not None and gate.model is not model]
+    if shared:
+        raise ConfigError(
+            f"{type(model).__name__} shares {', '.join(shared)} with another model that is accelerated, as a copy.copy "
+            "does; call speca.disable on that one first, or enable a copy.deepcopy."
+        )
 
 
 def is_gated(model: nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ class Classifier(nn.Module):
             ]
 
         widths = [channels, *(width * 2**k for k in range(stages))]
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         self.body = nn.Sequential(*(layer for inner, outer in pairs for layer in stage(inner, outer)))
         head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(widths[-1], classes)]
         self.head = nn.Sequential(*head)
