@@ -26,17 +26,23 @@ from torch import Tensor
 
 SIDE = 64
 STYLES = ("flat", "drawn", "3d")  # Twemoji, Noto, Fluent: the words a caption may end with
-PACKAGES = {  # style -> package, sha256 of its archive, folder of the pictures inside
+PACKAGES = {  # style -> package, folder of the pictures inside, sha256 of the archive
     "flat": (
-        "emoji-datasource-twitter@16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877", "package/img/twitter/64/",
+        "emoji-datasource-twitter@16.0.0",
+        "package/img/twitter/64/",
+        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
     ),
     "drawn": (
-        "emoji-datasource-google@16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438", "package/img/google/64/",
+        "emoji-datasource-google@16.0.0",
+        "package/img/google/64/",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     ),
     "3d": (
-        "@lobehub/fluent-emoji-3d@1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", "package/assets/",
+        "@lobehub/fluent-emoji-3d@1.1.0",
+        "package/assets/",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     ),
-}  # fmt: skip
+}
 GROUPS = (
     "smileys & emotion", "people & body", "animals & nature", "food & drink",
     "travel & places", "activities", "objects", "symbols",
@@ -82,7 +88,7 @@ def fetch(folder: Path) -> dict[str, Path]:
     """The three archives in `folder`, downloaded by `npm pack` where missing; sums are checked."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
-    for style, (package, digest, _) in PACKAGES.items():
+    for style, (package, _, digest) in PACKAGES.items():
         path = folder / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
         if not path.exists():
             subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -113,7 +119,7 @@ def load(folder: Path) -> Dataset:
 def _pictures(archives: dict[str, Path], keys: set[str]) -> dict[tuple[str, str], Tensor]:
     pictures = {}
     for style, path in archives.items():
-        folder = PACKAGES[style][2]
+        folder = PACKAGES[style][1]
         with tarfile.open(path) as archive:
             for member in archive:
                 key = _key(Path(member.name).stem.lower().replace("_", "-"))
