@@ -1,0 +1,102 @@
+"""Moving sprites: clips of one emoji of Emoji-64 that crosses a white frame, with captions and a direction scorer.
+
+Shapes: clips (N, 3, 17, 64, 64) in [-1, 1]; positions in pixels, x to the right, y down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from emoji_data import Dataset
+from torch import Tensor
+
+FRAMES, SIDE = 17, 64
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+OBJECTS = (
+    "red apple", "green apple", "banana", "grapes", "watermelon", "strawberry", "cherries", "pineapple", "carrot",
+    "lemon", "tangerine", "hamburger", "slice of pizza", "doughnut", "cookie", "birthday cake", "dog face", "cat face",
+    "mouse face", "rabbit face", "fox face", "bear face", "panda face", "tiger face", "cow face", "pig face",
+    "frog face", "monkey face", "penguin", "bird", "fish", "octopus", "honeybee", "snail", "turtle", "butterfly",
+    "rocket", "automobile", "bus", "fire engine", "tractor", "sailboat", "airplane", "soccer ball",
+    "basketball and hoop", "balloon", "wrapped present", "crown", "umbrella", "key", "alarm clock",
+    "rose", "sunflower", "cactus", "evergreen tree", "heavy black heart", "white medium star", "robot face", "ghost",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a clip shows: the sprite's place in the data set, direction, side and centre's path (17, 2) in pixels."""
+
+    sprite: int
+    direction: str
+    side: int
+    path: Tensor
+
+
+def sprites(data: Dataset) -> Dataset:
+    """The pictures of the well-known objects, in every style there is."""
+    keep = [i for i, e in enumerate(data.emoji) if e.names[0] in OBJECTS]
+    return Dataset([data.emoji[i] for i in keep], data.pixels[keep])
+
+
+def draw_clips(data: Dataset, count: int, generator: torch.Generator) -> list[Clip]:
+    """`count` random clips: 24 to 28 px sprites that travel 22 to 34 px, with a still other coordinate."""
+    clips, names = [], list(DIRECTIONS)
+    steps = torch.linspace(0, 1, FRAMES)
+    for _ in range(count):
+        kind, sprite, side = (int(torch.randint(0, n, (), generator=generator)) for n in (4, len(data.emoji), 5))
+        room = SIDE - 24 - side
+        travel, begin, other = torch.rand(3, generator=generator).tolist()
+        length = 22 + travel * (min(34, room) - 22)
+        low = side / 2 + 12 + begin * (room - length)  # the centre keeps half a sprite off the edge
+        along = low + length * steps
+        across = torch.full_like(along, side / 2 + 12 + other * room)
+        dx, dy = DIRECTIONS[names[kind]]
+        along = along if dx + dy > 0 else along.flip(0)
+        path = torch.stack((along, across) if dx else (across, along), 1)
+        clips.append(Clip(sprite, names[kind], 24 + side, path))
+    return clips
+
+
+def render(data: Dataset, clips: list[Clip]) -> Tensor:
+    """The clips' pixels on white, (N, 3, 17, 64, 64) in [-1, 1]."""
+    out = torch.empty(len(clips), 3, FRAMES, SIDE, SIDE)
+    for n, clip in enumerate(clips):
+        pixels = data.pixels[clip.sprite].float() / 255
+        pixels = torch.cat([pixels[:3] * pixels[3:], pixels[3:]])  # premultiplied, or edges take the clear pixels' hue
+        small = F.interpolate(pixels[None], (clip.side, clip.side), mode="bilinear", antialias=True)
+        small = F.pad(small, (2, 2, 2, 2))
+        scale = SIDE / (clip.side + 4)
+        theta = torch.zeros(FRAMES, 2, 3)
+        theta[:, 0, 0] = theta[:, 1, 1] = scale
+        theta[:, :, 2] = -scale * (clip.path / SIDE * 2 - 1)
+        grid = F.affine_grid(theta, [FRAMES, 4, SIDE, SIDE], align_corners=False)
+        moved = F.grid_sample(small.expand(FRAMES, -1, -1, -1), grid, align_corners=False)
+        out[n] = ((moved[:, :3] + 1 - moved[:, 3:]) * 2 - 1).transpose(0, 1)
+    return out.clamp(-1, 1)
+
+
+def caption(data: Dataset, clip: Clip, generator: torch.Generator) -> str:
+    """One way to ask for it: "a red apple moving left", at times without article or with the style."""
+    article, style = torch.rand(2, generator=generator).tolist()
+    emoji = data.emoji[clip.sprite]
+    text = f"{emoji.names[0]} moving {clip.direction}"
+    text = f"a {text}" if article < 0.7 else text
+    return f"{text}, {emoji.style}" if style < 0.4 else text
+
+
+def direction(clips: Tensor) -> list[str]:
+    """Where the centroid of what is not white went, first three against last three frames; "still" under 4 px."""
+    mass = (1 - clips.float()).clamp(0, 2).mean(1)
+    mass = mass * (mass > 0.15)  # grain of the decoder is not the sprite
+    grid = torch.arange(clips.shape[-1], dtype=torch.float32)
+    total = mass.sum((2, 3)).clamp_min(1e-6)
+    x, y = (mass.sum(2) * grid).sum(2) / total, (mass.sum(3) * grid).sum(2) / total
+    moved = torch.stack([v[:, -3:].mean(1) - v[:, :3].mean(1) for v in (x, y)], 1)
+    found = []
+    for dx, dy in moved.tolist():
+        name = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+        found.append(name if max(abs(dx), abs(dy)) >= 4 else "still")
+    return found

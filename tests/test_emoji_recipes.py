@@ -1,0 +1,86 @@
+"""The recipes of emoji-flux and emoji-video, run end to end on a handful of made-up pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import clip_data
+import diffusers
+import emoji_flux
+import emoji_video
+import pytest
+import torch
+from emoji_data import GROUPS, STYLES, Dataset, Emoji
+
+from speca import zoo
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Dataset:
+    """Discs of many colours, one name in each group and style."""
+    names = ("red apple", "banana", "rocket", "key", "crown", "ghost", "turtle", "rose")
+    emoji = [Emoji((n, f"{n}s"), g, s, g == 7) for g, n in enumerate(names) for s in STYLES]
+    y, x = torch.meshgrid(torch.arange(64) - 31.5, torch.arange(64) - 31.5, indexing="ij")
+    disc = ((x**2 + y**2) < 28**2).to(torch.uint8) * 255
+    colours = torch.randint(0, 180, (len(emoji), 3, 1, 1), generator=torch.Generator().manual_seed(0))
+    pixels = torch.cat([colours.expand(-1, -1, 64, 64), disc.expand(len(emoji), 1, 64, 64)], 1).to(torch.uint8)
+    return Dataset(emoji, pixels)
+
+
+def test_sprites_stay_inside_and_the_scorer_sees_where_they_go(pictures: Dataset) -> None:
+    clips = clip_data.draw_clips(pictures, 60, torch.Generator().manual_seed(3))
+    for clip in clips:
+        assert clip.path.min() >= clip.side / 2
+        assert clip.path.max() <= 64 - clip.side / 2
+        assert 22 <= float((clip.path[-1] - clip.path[0]).abs().max()) <= 34.01
+    shown = clip_data.render(pictures, clips)
+    assert shown.shape == (60, 3, 17, 64, 64)
+    assert clip_data.direction(shown) == [clip.direction for clip in clips]
+    assert clip_data.direction(shown.flip(2)) != [clip.direction for clip in clips]
+    assert set(clip_data.direction(shown[:, :, :1].expand_as(shown))) == {"still"}
+
+
+FEW = dict(vae_steps=2, steps=2, guided=2, batch=2, threads=1)
+
+
+def test_emoji_flux(pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emoji_flux, "load", lambda work: pictures)
+    out = tmp_path / "weights" / "emoji-flux"
+    how: dict[str, Any] = dict(FEW, work=tmp_path, out=out, device="cpu", size="small", compiled=False, bf16=None)
+    emoji_flux.main(**how, vae_batch=2, text_steps=2, classifier_steps=2, scored=2)
+    logged = (tmp_path / "emoji-flux.log").read_text()
+    monkeypatch.setattr(zoo, "WEIGHTS", out.parent)
+    (card,) = zoo.models()
+    assert (card.name, card.pipeline, card.licence) == ("emoji-flux", "FluxPipeline", "cc-by-4.0")
+    assert "64 x 64" in card.makes
+    assert card.scores["samples"] == 2
+    assert {"samples.png", "call.json", "classifier.safetensors"} <= {path.name for path in out.iterdir()}
+    pipe = zoo.load("emoji-flux")
+    assert isinstance(pipe, diffusers.FluxPipeline)
+    assert len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks) >= 16
+    assert zoo.load_classifier("emoji-flux")(torch.zeros(1, 3, 64, 64)).shape == (1, len(GROUPS))
+    emoji_flux.main(**how, vae_batch=2, text_steps=2, classifier_steps=2, scored=2)
+    assert (tmp_path / "emoji-flux.log").read_text() == logged, "a finished stage was trained again"
+
+
+def test_emoji_video(pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emoji_video, "load", lambda work: pictures)
+    out = tmp_path / "weights" / "emoji-video"
+    how: dict[str, Any] = dict(FEW, work=tmp_path, out=out, device="cpu", size="small", compiled=False)
+    emoji_video.main(**how, vae_batch=1, clips=4, scored=2)
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["direction_of_real_clips"] == 1
+    assert 0 <= scores["direction"] <= 1
+    monkeypatch.setattr(zoo, "WEIGHTS", out.parent)
+    pipe = zoo.load("emoji-video")
+    assert isinstance(pipe, diffusers.HunyuanVideoPipeline)
+    pipe.set_progress_bar_config(disable=True)
+    call = json.loads((out / "call.json").read_text())
+    short, padded = (
+        pipe("a key moving up", **{**call, "max_sequence_length": n}, num_inference_steps=2, output_type="pt",
+             generator=torch.Generator().manual_seed(0)).frames for n in (12, 256)
+    )  # fmt: skip
+    assert short.shape == (1, 17, 3, 64, 64)
+    assert torch.allclose(short, padded, atol=1e-3), "padding of the prompt reaches the clip"
