@@ -267,7 +267,7 @@ def main(
     pipe.save_pretrained(out, safe_serialization=True)
     save_file(half(classifier), out / "classifier.safetensors")
     (out / "call.json").write_text(json.dumps(CALL) + "\n")
-    pipe = FluxPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
         real = held.rgb()
         right = torch.cat([classifier(x).argmax(1) for x in real.split(100)])

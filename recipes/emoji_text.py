@@ -30,7 +30,7 @@ def t5(captions: list[str]) -> tuple[T5TokenizerFast, T5EncoderModel]:
 
 
 def clip(captions: list[str], length: int = LENGTH) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """A byte-pair tokenizer of 4,000 entries and a two-layer encoder of up to `length` tokens; pooled state (B, 128)."""
+    """A byte-pair tokenizer of 4,000 entries, a two-layer encoder of up to `length` tokens; pooled state (B, 128)."""
     pairs = CLIPTokenizer()._tokenizer  # CLIP's own normaliser and splitter, so that training sees what use will see
     trainer = trainers.BpeTrainer(
         vocab_size=4000, special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>",

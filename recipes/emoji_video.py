@@ -230,7 +230,7 @@ def main(
 
     assemble(model.cpu().half(), vae.cpu().half()).save_pretrained(out, safe_serialization=True)
     (out / "call.json").write_text(json.dumps(CALL) + "\n")
-    pipe = HunyuanVideoPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipe = HunyuanVideoPipeline.from_pretrained(out, dtype=torch.float32)
     logs, table = training_table(work, "emoji-video-vae", "emoji-video", "emoji-video-guided")
     scores = score(pipe, data, scored, out) | dict(vae_psnr=round(vae_psnr, 2), size=size, training=logs)
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")

@@ -215,7 +215,7 @@ def main(
     from safetensors.torch import save_file
 
     save_file(half(classifier), out / "classifier.safetensors")
-    pipe = DiTPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipe = DiTPipeline.from_pretrained(out, dtype=torch.float32)
     result = score(pipe, classifier, scored, out)
     scores = dict(classifier_accuracy=hits / len(test_labels), vae_psnr=round(vae_psnr, 2), **result)
     logs, table = training_table(work, "classifier", "vae", "dit")

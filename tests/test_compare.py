@@ -260,8 +260,17 @@ def test_amplification_is_round_and_does_not_clip(peak: float, factor: int) -> N
     assert grid.amplification(torch.full((1, 8, 8, 1), peak)) == factor
 
 
-def test_a_video_is_an_animated_png(tmp_path: Path) -> None:
+def test_a_video_is_an_animation_and_a_row_of_the_contact_sheet(tmp_path: Path) -> None:
     video = torch.rand(5, 16, 16, 3)
-    grid.save_png(video, tmp_path / "a.png")
-    assert Image.open(tmp_path / "a.png").n_frames == 5
+    grid.save_webp(video, tmp_path / "a.webp")
+    with Image.open(tmp_path / "a.webp") as animation:
+        assert animation.n_frames == 5
+        for k, frame in enumerate(video):
+            animation.seek(k)
+            seen = torch.from_numpy(np.array(animation.convert("RGB")).copy()).float() / 255
+            assert (seen - frame).abs().max() < 0.01, "the animation is lossless and in order"
+    sheet = grid.contact_sheet(torch.stack([video, 1 - video, video]), ["a", "b", "c"])
+    assert sheet.width == 5 * (112 + grid.GAP) - grid.GAP
+    assert sheet.height == 3 * (112 + 22)
+    assert sheet.getpixel((3, 3)) == tuple((video[0, 0, 0] * 255).round().int().tolist())
     assert grid.draw_grid(video[None], video[None], ["x"], "t", "s").width > 112

@@ -13,8 +13,11 @@ import emoji_video
 import pytest
 import torch
 from emoji_data import GROUPS, STYLES, Dataset, Emoji
+from PIL import Image
+from typer.testing import CliRunner
 
 from speca import zoo
+from speca.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,8 @@ def test_emoji_flux(pictures: Dataset, tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(pipe, diffusers.FluxPipeline)
     assert len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks) >= 16
     assert zoo.load_classifier("emoji-flux")(torch.zeros(1, 3, 64, 64)).shape == (1, len(GROUPS))
+    found = CliRunner().invoke(app, ["check", "emoji-flux", "--json", "--threads", "1"])
+    assert json.loads(found.stdout)["supported"], found.output
     emoji_flux.main(**how, vae_batch=2, text_steps=2, classifier_steps=2, scored=2)
     assert (tmp_path / "emoji-flux.log").read_text() == logged, "a finished stage was trained again"
 
@@ -76,6 +81,14 @@ def test_emoji_video(pictures: Dataset, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(zoo, "WEIGHTS", out.parent)
     pipe = zoo.load("emoji-video")
     assert isinstance(pipe, diffusers.HunyuanVideoPipeline)
+    shown = tmp_path / "shown"
+    asked = ["generate", "emoji-video", "--prompt", "a key moving up", "--prompt", "a ghost moving left", "--compare"]
+    done = CliRunner().invoke(app, [*asked, "--steps", "8", "--out", str(shown), "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    with Image.open(shown / "clip-001.webp") as animation:
+        assert (animation.n_frames, animation.size) == (17, (64, 64))
+    assert {"contact.png", "grid.png", "timeline.png", "clip-000.webp"} <= {path.name for path in shown.iterdir()}
+    assert not list(shown.glob("image-*.png"))
     pipe.set_progress_bar_config(disable=True)
     call = json.loads((out / "call.json").read_text())
     short, padded = (

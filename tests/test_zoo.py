@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import tiny
 from speca import InputError, zoo
+from speca.cli_request import Request
 from speca.zoo.classifier import Classifier
 
 
@@ -65,6 +66,22 @@ def test_classifier_is_float32_and_ready(shelf: Path) -> None:
     (shelf / "tiny-dit" / "classifier.safetensors").unlink()
     with pytest.raises(InputError, match="without a classifier"):
         zoo.load_classifier("tiny-dit")
+
+
+def test_a_folder_says_what_its_calls_are_given(shelf: Path) -> None:
+    assert zoo.call_arguments("tiny-dit") == {}
+    assert zoo.call_arguments("owner/name") == {}
+    path = shelf / "tiny-dit" / "call.json"
+    path.write_text('{"guidance_scale": 2.5}')
+    assert zoo.call_arguments("tiny-dit") == zoo.call_arguments(str(path.parent)) == {"guidance_scale": 2.5}
+    asked = Request("tiny-dit", ["cat"], [], None, 8, 0, None)
+    assert asked.call(zoo.load("tiny-dit"))[0]["guidance_scale"] == 2.5
+    asked = Request("tiny-dit", ["cat"], [], None, 8, 0, 3.0)
+    assert asked.call(zoo.load("tiny-dit"))[0]["guidance_scale"] == 3.0, "what is asked for goes first"
+    for broken in ("{", "[1]"):
+        path.write_text(broken)
+        with pytest.raises(InputError, match="mend it or delete it"):
+            zoo.call_arguments("tiny-dit")
 
 
 def test_resolve_takes_a_bundled_name_and_a_folder(shelf: Path) -> None:

@@ -47,7 +47,7 @@ Settings = Annotated[
 Compare = Annotated[bool, typer.Option("--compare", help="Also make the images without acceleration, and compare.")]
 Repeats = Annotated[int, typer.Option(help="Timed passes of --compare, 1 or more; times are medians.")]
 Batch = Annotated[int, typer.Option(help="Most images in one call of the pipeline, 1 or more.")]
-Out = Annotated[Path, typer.Option(help="Folder for the images, timeline.png, report.json, and grid.png of --compare.")]
+Out = Annotated[Path, typer.Option(help="Folder for images or clips, timeline.png, report.json, grid.png.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 and so on. Default: cuda if there is one.")]
@@ -140,7 +140,7 @@ def generate(
             payload, rows = output.write_comparison(both, place)
         else:
             about = {"model": model, "preset": preset, "seeds": asked.seeds, "command": _command()}
-            payload, rows = output.write_run(fast, about, place)
+            payload, rows = output.write_run(fast, about, place, captions)
     if as_json:
         typer.echo(output.to_json(payload))
     else:

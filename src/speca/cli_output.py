@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str]  # name and value
 
-RESULTS = ("image-*.png", "timeline.png", "grid.png", "report.json")
+RESULTS = ("image-*.png", "clip-*.webp", "contact.png", "timeline.png", "grid.png", "report.json")
 
 
 # ------------------------------------------------------------------------------------------------ folder
@@ -72,9 +72,14 @@ def _publish(stage: Path, out: Path) -> None:
         path.rename(out / path.name)
 
 
-def write_run(run: Run, about: dict[str, Any], place: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Images, timeline and report.json with `about` in it; returns the report and rows for `show`."""
-    _write_pictures(run, place)
+def write_run(
+    run: Run, about: dict[str, Any], place: Path, captions: Sequence[str]
+) -> tuple[dict[str, Any], list[Row]]:
+    """Images, or clips and a contact sheet of them with their `captions`; timeline, and report.json with `about` in it.
+
+    Returns the report and rows for `show`.
+    """
+    _write_pictures(run, place, captions)
     assert run.report is not None
     payload = {**run.report.to_dict(), **about, "hardware": run.hardware}
     _write_json(payload, place)
@@ -83,18 +88,24 @@ def write_run(run: Run, about: dict[str, Any], place: Path) -> tuple[dict[str, A
 
 def write_comparison(result: Comparison, place: Path) -> tuple[dict[str, Any], list[Row]]:
     """The same of the accelerated run and grid.png, with report.json of the comparison."""
-    _write_pictures(result.speca, place)
+    _write_pictures(result.speca, place, result.captions or [f"seed {seed}" for seed in result.seeds])
     result.grid(place / "grid.png")
     payload = result.to_dict()
     _write_json(payload, place)
     return payload, comparison_rows(result)
 
 
-def _write_pictures(run: Run, place: Path) -> None:
-    from .grid import save_png
+def _write_pictures(run: Run, place: Path, captions: Sequence[str]) -> None:
+    from .grid import contact_sheet, save_png, save_webp
 
+    video = run.images.ndim == 5
     for index, image in enumerate(run.images):
-        save_png(image, place / f"image-{index:03d}.png")
+        if video:
+            save_webp(image, place / f"clip-{index:03d}.webp")
+        else:
+            save_png(image, place / f"image-{index:03d}.png")
+    if video:
+        contact_sheet(run.images, captions).save(place / "contact.png")
     assert run.report is not None
     run.report.plot(place / "timeline.png")
 

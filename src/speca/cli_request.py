@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from . import zoo
 from .config import MIN_STEPS, SpecaConfig
 from .errors import ConfigError, InputError, SpecaError, nearest
 
@@ -72,7 +73,7 @@ class Request:
             raise InputError(
                 f"--steps {self.steps} is more than {self.model} was trained with; use {longest} or fewer."
             )
-        call: dict[str, Any] = {"num_inference_steps": self.steps}
+        call: dict[str, Any] = {**zoo.call_arguments(self.model), "num_inference_steps": self.steps}
         if self.guidance is not None:
             if "guidance_scale" not in accepted:
                 raise InputError(f"{type(pipe).__name__} has no guidance scale; leave --guidance away.")
@@ -173,7 +174,6 @@ def load(model: str, dtype: str, device: str | None, threads: int | None) -> Dif
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    from . import zoo
     from .pipeline import transformers_of
 
     for logging in (diffusers_logging, transformers_logging):
@@ -205,7 +205,7 @@ def examine(pipe: DiffusionPipeline, model: str, config: SpecaConfig) -> tuple[C
     from . import check
     from .measure import ticking
 
-    call = _short_call(pipe)
+    call = _short_call(pipe) | zoo.call_arguments(model)
     words = f"{type(pipe).__name__}({', '.join(f'{name}={value!r}' for name, value in call.items())})"
 
     def run() -> object:

@@ -16,18 +16,38 @@ from torch import Tensor
 MOST_SAMPLES = 64  # more become an unreadable picture
 MOST_COLUMNS = {16: 8, MOST_SAMPLES: 12}  # up to so many samples: so many side by side before a new band begins
 SMALLEST, LARGEST = 112, 256  # pixels of a cell's longer side
+MOST_FRAMES, FPS = 6, 12  # of a contact sheet and of an animation
 GAP, MARGIN = 6, 20
 INK, GREY, PAPER = (24, 24, 27), (105, 105, 115), (255, 255, 255)
 AMPLIFICATIONS = (1, 2, 5, 10, 20, 50, 100)
 
 
 def save_png(sample: Tensor, path: Path) -> None:
-    """Write one sample in [0, 1]: (height, width, channels), or (frames, ...) as an animated PNG."""
-    frames = [_picture(frame) for frame in (sample if sample.ndim == 4 else sample[None])]
-    if len(frames) == 1:
-        frames[0].save(path)
-    else:
-        frames[0].save(path, save_all=True, append_images=frames[1:])
+    """Write one image (height, width, channels) in [0, 1]."""
+    _picture(sample).save(path)
+
+
+def save_webp(clip: Tensor, path: Path) -> None:
+    """Write one video (frames, height, width, channels) in [0, 1] as a lossless animation without end."""
+    first, *others = (_picture(frame).convert("RGB") for frame in clip)
+    first.save(path, save_all=True, append_images=others, duration=round(1000 / FPS), loop=0, lossless=True)
+
+
+def contact_sheet(clips: Tensor, captions: Sequence[str]) -> Image.Image:
+    """Videos (N, frames, height, width, channels) in [0, 1], one a row, as evenly spaced frames; at most 64 of them."""
+    clips = clips[:MOST_SAMPLES]
+    shown = np.linspace(0, clips.shape[1] - 1, min(MOST_FRAMES, clips.shape[1])).round().astype(int).tolist()
+    height, width = clips.shape[2:4]
+    scale = max(1, SMALLEST // max(height, width))
+    cell, foot = (width * scale, height * scale), 22
+    image = Image.new("RGB", (len(shown) * (cell[0] + GAP) - GAP, len(clips) * (cell[1] + foot)), PAPER)
+    for row, (clip, caption) in enumerate(zip(clips, captions, strict=False)):
+        for column, frame in enumerate(shown):
+            picture = _picture(clip[frame]).convert("RGB").resize(cell, Image.Resampling.NEAREST)
+            image.paste(picture, (column * (cell[0] + GAP), row * (cell[1] + foot)))
+        text = _cut(caption, image.width - GAP, _font(12))
+        ImageDraw.Draw(image).text((2, row * (cell[1] + foot) + cell[1] + 3), text, INK, _font(12))
+    return image
 
 
 def amplification(difference: Tensor) -> int:

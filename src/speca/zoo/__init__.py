@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .classifier import Classifier
 
 WEIGHTS = Path(__file__).parent / "weights"
-"""One folder a model, in the layout of ``save_pretrained``, with README.md (model card) and scores.json."""
+"""One folder a model, in the layout of ``save_pretrained``, with README.md (model card), scores.json and call.json."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -69,6 +69,25 @@ def load_classifier(name: str) -> Classifier:
     if not path.is_file():
         raise InputError(f"{name} comes without a classifier, so its images cannot be scored.")
     return Classifier.like(load_file(path))
+
+
+def call_arguments(model: str) -> dict[str, Any]:
+    """What a call of the pipeline `model` (a bundled name or a folder) is to be given, from its ``call.json``.
+
+    Sizes above all, as most pipelines would else make pictures of a megapixel. Empty where there is no such file.
+    Raises InputError if the file does not hold a JSON object.
+    """
+    folder = WEIGHTS / model if model in names() else Path(model).expanduser()
+    path = folder / "call.json"
+    if not path.is_file():
+        return {}
+    try:
+        call = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); mend it or delete it.") from error
+    if not isinstance(call, dict):
+        raise InputError(f"{path} holds no JSON object of arguments; mend it or delete it.")
+    return call
 
 
 def resolve(model: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
