@@ -64,6 +64,8 @@ def test_emoji_flux(pictures: Dataset, tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(pipe, diffusers.FluxPipeline)
     assert len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks) >= 16
     assert zoo.load_classifier("emoji-flux")(torch.zeros(1, 3, 64, 64)).shape == (1, len(GROUPS))
+    assert zoo.load_reference("emoji-flux").shape == (3, 1280)
+    assert {"kid", "kid_of_real", "frechet", "frechet_of_real"} <= card.scores.keys()
     found = CliRunner().invoke(app, ["check", "emoji-flux", "--json", "--threads", "1"])
     assert json.loads(found.stdout)["supported"], found.output
     emoji_flux.main(**how, vae_batch=2, text_steps=2, classifier_steps=2, scored=2)

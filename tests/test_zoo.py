@@ -63,6 +63,8 @@ def test_classifier_is_float32_and_ready(shelf: Path) -> None:
     assert not scorer.training
     assert {p.dtype for p in scorer.parameters()} == {torch.float32}
     assert scorer(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    with pytest.raises(InputError, match="without reference features"):
+        zoo.load_reference("tiny-dit")
     (shelf / "tiny-dit" / "classifier.safetensors").unlink()
     with pytest.raises(InputError, match="without a classifier"):
         zoo.load_classifier("tiny-dit")

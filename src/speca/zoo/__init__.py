@@ -71,6 +71,16 @@ def load_classifier(name: str) -> Classifier:
     return Classifier.like(load_file(path))
 
 
+def load_reference(name: str) -> torch.Tensor:
+    """Features (N, 1280) of held-out pictures of bundled model `name`: what `speca.distance` of samples is taken to."""
+    from safetensors.torch import load_file
+
+    path = _bundled(name) / "reference.safetensors"
+    if not path.is_file():
+        raise InputError(f"{name} comes without reference features; take those of real pictures by speca.distance.")
+    return load_file(path)["features"].float()
+
+
 def call_arguments(model: str) -> dict[str, Any]:
     """What a call of the pipeline `model` (a bundled name or a folder) is to be given, from its ``call.json``.
 
