@@ -20,7 +20,8 @@ class SpecaConfig:
     Attributes:
         controller: who decides. "speca": verify each draft, reject per sample at that very step (the paper).
             "interval": full every `max_draft + 1` steps, never verified. "released": the authors' published code
-            (deferred, one verdict for the batch), for comparison only.
+            (deferred, one verdict for the batch), for comparison only. "planned": each sample's drafts are as long as
+            its corrections allow, see `tolerance`; needs the corrector, and a linear sampler.
         forecaster: "taylor" (the paper's finite differences), "newton" (divided differences), "hermite" (HiCache)
             or "reuse" (repeat the last full step).
         order: order of the forecaster, 0 to 4. Needs `warmup >= order + 1`.
@@ -34,10 +35,13 @@ class SpecaConfig:
         min_draft: drafts after a full step that are taken without verification, 0 or more.
         max_draft: drafts after a full step before the next one must be full, at least 1.
         verify: whether drafts are verified at all.
+        corrector: whether a full step corrects the drafts before it (`core/corrector.py`), where the sampler is linear.
+        tolerance: of controller "planned", the correction that drafts may need, as root mean square per element of the
+            sample (latents have about 1); above 0.
         history_dtype: storage of kept features: "model" (as computed), "float32", "bfloat16" or "float16".
     """
 
-    controller: Literal["speca", "interval", "released"] = "speca"
+    controller: Literal["speca", "interval", "released", "planned"] = "speca"
     forecaster: Literal["taylor", "newton", "hermite", "reuse"] = "newton"
     order: int = 1
     axis: Literal["step", "noise"] = "step"
@@ -50,6 +54,8 @@ class SpecaConfig:
     min_draft: int = 0
     max_draft: int = 5
     verify: bool = True
+    corrector: bool = False
+    tolerance: float = 0.01
     history_dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
 
     def __post_init__(self) -> None:
@@ -107,6 +113,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("threshold", 0.0, 1e9),
     ("threshold_decay", 0.0, 1.0),
     ("threshold_floor", 0.0, 1e9),
+    ("tolerance", 0.0, 1e9),
     ("warmup", 1, 1000),
     ("final", 0, 1000),
     ("min_draft", 0, 1000),

@@ -7,8 +7,10 @@ from statistics import median
 from typing import Any
 
 from .core.controller import Trajectory
+from .core.corrector import Transition
 from .errors import NotEnabledError
 from .model.calls import Branches, Call, Clock
+from .model.sampler import transitions
 from .report import Report, SampleReport
 from .speculator import Branch, Spent
 
@@ -29,6 +31,7 @@ class Course:
     def __init__(self, scheduler: Callable[[], Any] | None, num_inference_steps: int | None = None) -> None:
         """`scheduler` returns the scheduler in use at the moment of a call, as pipelines let users swap it."""
         self.clock, self.names = Clock(scheduler, num_inference_steps), Branches()
+        self._scheduler = scheduler
         self._start()
         self.running = False
 
@@ -37,6 +40,7 @@ class Course:
         self.spent = Spent()
         self.notes: list[str] = []
         self.models: list[str] = []
+        self._transitions: tuple[tuple[Transition, ...], str] | None = None
         self.begin, self._peak, self._row_calls = 0, 0, 0
         self.names.reset()
         self.running, self._placed = True, False
@@ -55,6 +59,16 @@ class Course:
         self.spent.host_reads += self.clock.device_reads - reads
         return call
 
+    def transitions(self, total: int) -> tuple[tuple[Transition, ...], str]:
+        """What the scheduler in use does at each of `total` steps, or nothing and the reason; found once a run."""
+        if self._transitions is None:
+            scheduler = self._scheduler() if self._scheduler else None
+            found = transitions(scheduler) if scheduler is not None else ((), "the scheduler is not known")
+            if found[0] and len(found[0]) != total:
+                found = (), f"{type(scheduler).__name__} has {len(found[0])} timesteps for {total} steps"
+            self._transitions = found
+        return self._transitions
+
     def missed(self, step: int) -> None:
         """Begin branches anew that left out the step before `step`: their features are old and need not be kept."""
         for branch in self.branches.values():
@@ -71,8 +85,7 @@ class Course:
     def count(self, rows: int, model: str) -> None:
         """Take note of a finished call of `rows` rows."""
         self._row_calls += rows
-        held = sum(b.history.bytes() for b in self.branches.values() if b.history is not None)
-        self._peak = max(self._peak, held)
+        self._peak = max(self._peak, sum(branch.bytes() for branch in self.branches.values()))
         if model not in self.models:
             self.models.append(model)
 
@@ -81,7 +94,7 @@ class Course:
         self.clock.reset()
         self.running = False
         for branch in self.branches.values():
-            branch.history = None
+            branch.forget()
 
     def report(self, model: str, config: dict[str, Any]) -> Report:
         """Cost and savings. `model` is named where no transformer took part.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import threading
 import time
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from .config import MIN_STEPS, SpecaConfig
 from .core.controller import FULL
+from .core.corrector import Transition
 from .course import Course
 from .errors import NotEnabledError
 from .model import rows as rowwise
@@ -154,9 +157,19 @@ class Run:
         self.speculator.spent = course.spent
         key = (kind, rowwise.owners(arguments, rows), branch.uneven)
         try:
-            return self._answer(course, Work(branch, here, self._known(key), forward, arguments), key)
+            linear = self._transitions(course, branch, here)
+            return self._answer(course, Work(branch, here, self._known(key), forward, arguments, linear), key)
         finally:
             course.count(rows, type(self.model).__name__)
+
+    def _transitions(self, course: Course, branch: Branch, position: Position) -> Sequence[Transition]:
+        """What the sampler does at each step, where that is wanted and known; the run's notes say why it is not."""
+        if not self.config.corrector or branch.idle:
+            return ()
+        found, reason = course.transitions(position.total)
+        if reason := reason or branch.uncorrected:
+            course.note(f"nothing is corrected: {reason}.")
+        return () if branch.uncorrected else found
 
     def _known(self, key: tuple[object, object, bool]) -> Discovery:
         """What was found for this kind of call; what held for many rows, or for uneven ones, holds for one, or even."""
@@ -201,7 +214,7 @@ class Run:
         if not finding.supported or features is None:
             self._note(course, f"{type(self.model).__name__} runs plainly: {finding.reason}")
             return out
-        self.speculator.record(branch, branch.trajectories, work.position, features)
+        self.speculator.record(dataclasses.replace(work, finding=finding), branch.trajectories, features, out)
         course.spent.add_probe(finding, branch.rows, time.perf_counter() - began)
         course.note("cost and time include the self-test, which runs once for a model and input size")
         return out

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import SpecaConfig
 from .core.controller import ACCEPTED, FULL, REJECTED, Plan, Trajectory, controller
+from .core.corrector import Corrector, Transition, quadrature
 from .core.forecast import forecaster
 from .core.history import History
 from .core.verify import error_function
@@ -58,9 +59,11 @@ class Branch:
     rows: int
     trajectories: list[Trajectory]
     history: History | None = None
+    corrector: Corrector | None = None
     layouts: tuple[rowwise.Layout, ...] = ()
     shapes: tuple[torch.Size, ...] = ()  # of one row of each kept feature
     trouble: str = ""  # why drafting was given up in mid-run
+    uncorrected: str = ""  # why nothing is corrected
     uneven: bool = False  # rows use their inputs to different lengths, so they may be ragged
     idle: bool = False  # the run is too short to draft any step: run plainly, keep nothing
 
@@ -89,13 +92,22 @@ class Branch:
 
     def restart(self) -> None:
         """Drop the features and begin again with the warm-up; the records stay."""
-        self.history = None
+        self.forget()
         for trajectory in self.trajectories:
             trajectory.restart()
 
+    def forget(self) -> None:
+        """Drop all that was kept of full steps."""
+        self.history, self.corrector = None, None
+
+    def bytes(self) -> int:
+        """Bytes kept for all rows together."""
+        return sum(kept.bytes() for kept in (self.history, self.corrector) if kept is not None)
+
     def give_up(self, position: Position, why: str) -> None:
         """Run this branch plainly from this step on."""
-        self.history, self.idle, self.trouble = None, True, why
+        self.forget()
+        self.idle, self.trouble = True, why
         for trajectory in self.trajectories:
             if trajectory.steps[-1] == position.index:
                 trajectory.decisions[-1], trajectory.errors[-1] = FULL, None
@@ -122,6 +134,8 @@ class Work:
     finding: Discovery
     forward: Forward
     arguments: dict[str, Any]
+    transitions: Sequence[Transition] = ()
+    """What the sampler does at each step; empty where that is unknown, and then nothing is corrected."""
 
     def run(self, rows: Sequence[int]) -> Any:
         """The model's own output for `rows` of its own inputs."""
@@ -165,6 +179,7 @@ class Speculator:
         parts, rejected = self._check(work, plans[Plan.CHECKED]) if plans[Plan.CHECKED] else ([], [])
         if drafted := plans[Plan.UNCHECKED]:
             parts.append((_rows(drafted), self._draft(work, drafted, Mode.UNCHECKED)[0]))
+            self._drafted(work, _rows(drafted), *parts[-1])
             for trajectory in drafted:
                 trajectory.note(ACCEPTED)
         # Full: planned and rejected samples together, and no others.
@@ -175,14 +190,12 @@ class Speculator:
                 trajectory.note(FULL)
         self._account(plans, full, work, time.perf_counter() - began)
         if work.position.index == work.position.total - 1:
-            branch.history = None  # nothing is forecast from the last step
+            branch.forget()  # nothing is forecast from the last step
         return rowwise.merge(parts, branch.rows)
 
-    def record(
-        self, branch: Branch, trajectories: Sequence[Trajectory], position: Position, features: Features
-    ) -> None:
-        """Keep the features of a full pass over the rows of `trajectories` as their newest anchor."""
-        rows, learnt = _rows(trajectories), self.gate.learnt
+    def record(self, work: Work, trajectories: Sequence[Trajectory], features: Features, out: Any) -> None:
+        """Keep what a full pass over the rows of `trajectories` gave as their newest anchor, and correct `out` by it."""
+        branch, rows, learnt = work.branch, _rows(trajectories), self.gate.learnt
         assert learnt is not None
         streams = zip([*features.state, *features.outputs], learnt.layouts, strict=True)
         first = [rowwise.rows_first(stream, len(rows), kind) for stream, kind in streams]
@@ -194,15 +207,62 @@ class Speculator:
         if any(f.shape[1:] != shape for f, shape in zip(first, branch.shapes, strict=True)):
             raise UnsupportedModelError("some rows of the batch have block features of another shape than all of them.")
         branch.history.push(rows, first)
+        if self.config.corrector and work.transitions:
+            self._correct(work, trajectories, out)
         for trajectory in trajectories:
-            trajectory.anchors = [self._where(position), *trajectory.anchors][: self.config.anchors]
+            trajectory.anchors = [self._where(work.position), *trajectory.anchors][: self.config.anchors]
+
+    def _drafted(self, work: Work, taken: list[int], rows: list[int], out: Any) -> None:
+        """Note for the corrector that the rows `taken`, of those of `out`, go on with a draft."""
+        corrector = work.branch.corrector
+        if corrector is None or not taken:
+            return
+        main = rowwise.main(out, len(rows), work.arguments)
+        if taken != rows:
+            main = main[torch.tensor([rows.index(row) for row in taken], device=main.device)]
+        corrector.draft(taken, main, self._where(work.position), work.transitions[work.position.index])
+
+    def _correct(self, work: Work, trajectories: Sequence[Trajectory], out: Any) -> None:
+        """Move samples by what their full step tells of the drafts before it, through the model's output `out`."""
+        branch, rows = work.branch, _rows(trajectories)
+        try:
+            main = rowwise.main(out, len(rows), work.arguments)
+        except UnsupportedModelError as problem:
+            branch.uncorrected = str(problem)
+            return
+        if branch.corrector is None:
+            branch.corrector = Corrector(self.config.anchors, branch.rows)
+        corrector, here = branch.corrector, self._where(work.position)
+        told, transition = main.clone(), work.transitions[work.position.index]
+        drafted = [t for t in trajectories if corrector.drafts[t.rows[0]]]
+        if drafted and abs(transition.move) > TINY:
+            moved, index = _rows(drafted), {row: i for i, row in enumerate(rows)}
+            of = {row: quadrature([here, *t.anchors], corrector.drafts[row]) for t in drafted for row in t.rows}
+            part = torch.tensor([index[row] for row in moved], device=main.device)
+            move = corrector.move(moved, told[part], [of[row] for row in moved])
+            self._plan_ahead(corrector, drafted, moved, move)
+            shift = (move * (transition.keep / transition.move)).to(main.dtype)
+            main.index_add_(0, part, shift)
+        corrector.anchor(rows, told)
+
+    def _plan_ahead(
+        self, corrector: Corrector, drafted: Sequence[Trajectory], rows: Sequence[int], move: Tensor
+    ) -> None:
+        """Let the controller plan the next draft by the size of the correction, in root mean squares of the sample."""
+        if not self.controller.plans_ahead:
+            return
+        sizes = self._read(move.flatten(1).square().mean(1).sqrt())
+        by_row = dict(zip(rows, sizes, strict=True))
+        for trajectory in drafted:
+            estimate = _worst([by_row[row] for row in trajectory.rows])
+            self.controller.observe(trajectory, estimate, len(corrector.drafts[trajectory.rows[0]]))
 
     def _full(self, work: Work, trajectories: Sequence[Trajectory]) -> Any:
         """Run the rows of `trajectories` through all blocks and record them."""
         with self._gated(Mode.FULL):
             out = work.run(_rows(trajectories))
             if self.gate.features is not None:
-                self.record(work.branch, trajectories, work.position, self.gate.features)
+                self.record(work, trajectories, self.gate.features, out)
         return out
 
     def _draft(self, work: Work, trajectories: Sequence[Trajectory], mode: Mode) -> tuple[Any, list[Tensor]]:
@@ -248,11 +308,14 @@ class Speculator:
         # An image's cond and uncond share one verdict: guidance would amplify the gap between a full and a draft one.
         errors_of = self.controller.judged([_worst([by_row[row] for row in t.rows]) for t in trajectories])
         verdicts = self.controller.accept(trajectories, errors_of)
+        by_verdict = {row: ok for t, ok in zip(trajectories, verdicts, strict=True) for row in t.rows}
         rejected = []
         for trajectory, error, accepted in zip(trajectories, errors_of, verdicts, strict=True):
             trajectory.note(ACCEPTED if accepted else REJECTED, error)
             if not accepted:
                 rejected.append(trajectory)
+        taken = [row for row in rows if by_verdict[row]]
+        self._drafted(work, taken, rows, out)
         return ([] if len(rejected) == len(trajectories) else [(rows, out)]), rejected
 
     def _weights(self, trajectories: Sequence[Trajectory], position: Position) -> Tensor:
@@ -293,6 +356,9 @@ class Speculator:
             yield
         finally:
             self.gate.forget()
+
+
+TINY = 1e-8  # a step that moves the sample by less than this per unit of output cannot carry a correction
 
 
 def _rows(trajectories: Sequence[Trajectory]) -> list[int]:

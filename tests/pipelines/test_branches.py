@@ -38,7 +38,7 @@ def branches(case: tiny.Case) -> dict[str, tuple[list[int], str]]:
 
 def held(case: tiny.Case) -> int:
     run = case.transformer.__dict__[ATTRIBUTE]
-    return sum(b.history.bytes() for b in run.branches.values() if b.history is not None)
+    return sum(b.bytes() for b in run.branches.values())
 
 
 def check(case: tiny.Case, **call: Any) -> dict[str, tuple[list[int], str]]:

@@ -36,6 +36,7 @@ class Trajectory:
         step, total: current step index, counted from 0, and number of steps.
         fulls: full steps so far, rejected ones included.
         streak: drafts since the last full step.
+        planned: drafts planned after the last full step; only controllers that plan ahead set it.
         error: error of the last verified draft since the last full step, None if there is none.
         anchors: positions of kept full steps, newest first.
         steps: indices of the steps it took part in; guidance may leave some out.
@@ -49,6 +50,7 @@ class Trajectory:
     total: int = 1
     fulls: int = 0
     streak: int = 0
+    planned: float = 2.0
     error: float | None = None
     anchors: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -80,6 +82,8 @@ class Trajectory:
 class Controller(ABC):
     """Plans each step of each sample and judges its drafts."""
 
+    plans_ahead = False  # whether `observe` wants to know how large corrections are
+
     def __init__(self, config: SpecaConfig) -> None:
         self.config = config
 
@@ -95,6 +99,9 @@ class Controller(ABC):
     @abstractmethod
     def plan(self, trajectory: Trajectory) -> Plan:
         """What this sample does at its current step."""
+
+    def observe(self, trajectory: Trajectory, estimate: float, drafts: int) -> None:
+        """Told at a full step that the `drafts` before it were wrong by `estimate`, as far as the corrector can tell."""
 
     def judged(self, errors: Sequence[float]) -> list[float]:
         """The errors verdicts are passed on: each sample's own."""
@@ -131,6 +138,28 @@ class IntervalController(Controller):
         return Plan.FULL if self._must_be_full(trajectory) else Plan.UNCHECKED
 
 
+class PlannedController(SpecaController):
+    """Drafts as long as their error allows: the step-size control of ODE solvers, for each sample on its own.
+
+    Drafts of order p over n steps leave an error of order `n^(p+2)` (Milne's estimate, `core/corrector.py`), so the next
+    period is `n * (safety * tolerance / estimate) ** (1 / (p + 2))`, changed by no more than a factor at a time.
+    """
+
+    plans_ahead = True
+    SHRINK, GROW, SAFETY = 0.4, 2.0, 0.9
+
+    def plan(self, trajectory: Trajectory) -> Plan:
+        due = trajectory.streak >= round(trajectory.planned)
+        return Plan.FULL if due else super().plan(trajectory)
+
+    def observe(self, trajectory: Trajectory, estimate: float, drafts: int) -> None:
+        c = self.config
+        order = c.anchors - 1
+        factor = (self.SAFETY * c.tolerance / max(estimate, 1e-12)) ** (1 / (order + 2))
+        period = (drafts + 1) * min(self.GROW, max(self.SHRINK, factor))
+        trajectory.planned = min(max(period - 1, 0.0), float(c.max_draft))
+
+
 class ReleasedController(Controller):
     """The state machine of the authors' released code, which never rejects. For comparison only.
 
@@ -163,6 +192,7 @@ CONTROLLERS: dict[str, type[Controller]] = {
     "speca": SpecaController,
     "interval": IntervalController,
     "released": ReleasedController,
+    "planned": PlannedController,
 }
 
 

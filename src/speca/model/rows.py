@@ -167,6 +167,23 @@ def tensors(out: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in tensors(value)]
 
 
+def main(out: Any, rows: int, arguments: dict[str, Any]) -> Tensor:
+    """What a sampler takes of a model's output, rows first, as a view: of a mean and a variance, the mean.
+
+    Raises:
+        UnsupportedModelError: the output is not one floating-point tensor whose first dimension holds the rows.
+    """
+    found = tensors(out)
+    if len(found) != 1 or not found[0].is_floating_point() or found[0].shape[0] % rows:
+        raise UnsupportedModelError("the model's output is not one tensor of all rows")
+    whole = found[0].unflatten(0, (rows, -1)) if found[0].shape[0] != rows else found[0]
+    sample = next(iter(arguments.values()))
+    if isinstance(sample, Tensor) and sample.dim() == whole.dim() > 1 and whole.shape[1] == 2 * sample.shape[1]:
+        if whole.shape[2:] == sample.shape[2:]:
+            return whole[:, : sample.shape[1]]
+    return whole
+
+
 def take(out: Any, row: int, total: int) -> list[Tensor]:
     """All tensors of one row of a model's output, as if it had been computed alone."""
     if isinstance(out, Tensor):

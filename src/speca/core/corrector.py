@@ -1,0 +1,106 @@
+"""The corrector: a full step tells what the drafts before it should have been, and the sample is moved accordingly.
+
+A one-step linear sampler maps the sample `x` and the model's output `v` of step j to `x' = a_j x + b_j v` (flow Euler,
+DDIM, DDPM but for its noise). Drafts used a forecast `v_j`, extrapolated from anchors before them. Once step i is
+computed in full, the polynomial through its output and those anchors *interpolates* the drafts, one degree higher than
+they were forecast with. With `A_j = a_{j+1} ... a_{i-1}`, what the difference is worth to `x_i` is
+
+    d = sum_j A_j b_j (sum_q l_q(t_j) V_q - v_j) = sum_q omega_q V_q - drift
+
+where `V_q` are the outputs of the full steps, `l_q` Lagrange's polynomials and j runs over the drafts since the last full
+step. No evaluation of the model is needed: this is the corrector of predictor-corrector methods (Adams-Moulton; for
+diffusion samplers UniPC, arXiv:2302.04867). As the sampler is linear, the move can be handed over in the model's output:
+`a_i (x + d) + b_i v = a_i x + b_i (v + d a_i / b_i)`, so no pipeline has to change. It is linear in the outputs too,
+so guidance that mixes branches linearly mixes their moves, and a constant factor or sign that a pipeline puts on the
+model's output cancels. The size of `d` is Milne's estimate of the error that the drafts had made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .forecast import newton
+from .history import History
+
+
+class Transition(NamedTuple):
+    """One step of a linear sampler: `x' = keep * x + move * out`."""
+
+    keep: float
+    move: float
+
+
+class Draft(NamedTuple):
+    """One drafted step: where it stands, on the axis that anchors are spaced by, and what the sampler did at it."""
+
+    position: float
+    transition: Transition
+
+
+def quadrature(nodes: Sequence[float], drafts: Sequence[Draft]) -> tuple[float, ...]:
+    """The weights `omega` (K,) of the outputs at `nodes` in what the drafts are worth to the sample after the last one.
+
+    Args:
+        nodes: positions of K full steps, the newest first; all different.
+        drafts: the n drafts, in order.
+    """
+    grid = torch.tensor([nodes] * len(drafts), dtype=torch.float64)
+    count = torch.full((len(drafts),), len(nodes))
+    targets = torch.tensor([d.position for d in drafts], dtype=torch.float64)
+    shares = newton(grid, count, targets, len(nodes) - 1).tolist()
+    omega = [0.0] * len(nodes)
+    for (_, (keep, move)), share in zip(drafts, shares, strict=True):
+        omega = [keep * o + move * s for o, s in zip(omega, share, strict=True)]
+    return tuple(omega)
+
+
+class Corrector:
+    """What rows have drafted since their last full step, and the outputs of their last full steps.
+
+    Outputs come rows first, `(n, ...)`. Sums are kept in fp32, buffers are freed with the object.
+    """
+
+    def __init__(self, depth: int, rows: int) -> None:
+        """Keep the outputs of `depth` full steps of each of `rows` rows."""
+        self.outputs = History(depth, rows)
+        self.drafts: list[list[Draft]] = [[] for _ in range(rows)]  # since each row's last full step
+        self._drift: Tensor | None = None  # (B, ...) what those drafts have added to the sample
+
+    def draft(self, rows: Sequence[int], out: Tensor, position: float, transition: Transition) -> None:
+        """Rows took the draft `out` (n, ...) of the step at `position`."""
+        if self._drift is None:
+            self._drift = out.new_zeros((len(self.drafts), *out.shape[1:]), dtype=torch.float32)
+        index = torch.tensor(list(rows), device=out.device)
+        drift = self._drift.index_select(0, index).mul_(transition.keep).add_(out.float(), alpha=transition.move)
+        self._drift.index_copy_(0, index, drift)
+        for row in rows:
+            self.drafts[row].append(Draft(position, transition))
+
+    def move(self, rows: Sequence[int], out: Tensor, omega: Sequence[Sequence[float]]) -> Tensor:
+        """How far rows that have drafted are to be moved, (n, ...) in fp32, now that `out` (n, ...) is known.
+
+        `omega` holds the weights of each row, first that of `out`, then those of its kept outputs, the newest first.
+        """
+        assert self._drift is not None
+        index = torch.tensor(list(rows), device=out.device)
+        weights = torch.tensor([[*o, *[0.0] * (1 + self.outputs.depth - len(o))] for o in omega], dtype=torch.float64)
+        newest = weights[:, 0].to(out.device, torch.float32).view(-1, *[1] * (out.dim() - 1))
+        (older,) = self.outputs.forecast(rows, weights[:, 1:])
+        return (out.float() * newest).add_(older).sub_(self._drift.index_select(0, index))
+
+    def anchor(self, rows: Sequence[int], out: Tensor) -> None:
+        """Rows were computed in full: keep `out` (n, ...), and begin a new draft."""
+        self.outputs.push(rows, [out.float()])
+        if self._drift is not None:
+            self._drift.index_fill_(0, torch.tensor(list(rows), device=out.device), 0.0)
+        for row in rows:
+            self.drafts[row] = []
+
+    def bytes(self) -> int:
+        """Bytes held, all rows together."""
+        drift = 0 if self._drift is None else self._drift.numel() * self._drift.element_size()
+        return self.outputs.bytes() + drift

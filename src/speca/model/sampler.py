@@ -1,0 +1,71 @@
+"""What a scheduler does to a sample at each step, found by trying it: `x' = keep * x + move * out`, or nothing of the kind.
+
+No table of any scheduler is copied. A copy of the scheduler is stepped through all its timesteps, twice with the same
+noise and different numbers; the difference of the two shows the coefficients and whether there is more to it than those.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.corrector import Transition
+
+SHAPE = (1, 4, 8, 8)
+TOLERANCE = 1e-4  # of what is left unexplained, relative; schedulers compute in fp32
+
+
+def transitions(scheduler: Any, **given: Any) -> tuple[tuple[Transition, ...], str]:
+    """The linear step at each of the scheduler's timesteps, or none and the reason.
+
+    Multistep and second-order schedulers keep outputs of earlier steps and mix them in, so what a step does is more than
+    a function of its own sample and output; clipping and thresholding are not linear. Both are noticed by their residual.
+
+    Args:
+        scheduler: after `set_timesteps`. It is left as it was, as is the global random state.
+        **given: further arguments of its `step`, such as `eta`.
+    """
+    name = type(scheduler).__name__
+    if getattr(scheduler, "timesteps", None) is None:
+        return (), f"{name} has no timesteps yet"
+    numbers = torch.Generator().manual_seed(0)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            one, other = (_trace(scheduler, numbers, given) for _ in range(2))
+    except Exception as problem:  # whatever schedulers raise at arguments they were not made for
+        return (), f"{name} cannot be tried on its own ({type(problem).__name__})"
+    found = []
+    for (x, out, after), (y, out_y, after_y) in zip(one, other, strict=True):
+        columns = torch.stack([(x - y).flatten(), (out - out_y).flatten()], dim=1).double()
+        target = (after - after_y).flatten().double()
+        solution = torch.linalg.lstsq(columns, target.unsqueeze(1)).solution
+        left = (columns @ solution).squeeze(1) - target
+        if not torch.isfinite(solution).all() or left.norm() > TOLERANCE * target.norm():
+            return (), f"a step of {name} is not linear in its own sample and output alone"
+        found.append(Transition(*solution.flatten().tolist()))
+    return tuple(found), ""
+
+
+def _trace(scheduler: Any, numbers: torch.Generator, given: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Sample, output and next sample at each timestep; samples are drawn anew, the noise is the same in each trace."""
+    trial = copy.deepcopy(scheduler)
+    for index in ("_step_index", "_begin_index"):
+        if hasattr(trial, index):
+            setattr(trial, index, None)
+    parameters = inspect.signature(trial.step).parameters
+    options = {n: v for n, v in given.items() if n in parameters}
+    if "generator" in parameters:
+        options["generator"] = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
+    trace = []
+    for timestep in trial.timesteps:
+        x, out = (torch.randn(SHAPE, generator=numbers) for _ in range(2))
+        if hasattr(trial, "scale_model_input"):
+            trial.scale_model_input(x, timestep)  # without it some schedulers warn
+        after = trial.step(out.clone(), timestep, x.clone(), return_dict=False, **options)[0]
+        trace.append((x, out, after))
+    return trace
