@@ -24,8 +24,8 @@ from speca.model.gate import GatedModuleList, Mode
 from speca.pipeline import ATTRIBUTE
 
 SEEDS = [3, 8]
-EXACT = dict(threshold=0.0, min_draft=0)
-LOOSE = dict(threshold=1e9, min_draft=0, max_draft=3)
+EXACT = dict(preset=tiny.VERIFYING, threshold=0.0, min_draft=0)
+LOOSE = dict(preset=tiny.VERIFYING, threshold=1e9, min_draft=0, max_draft=3)
 
 
 def decisions(case: tiny.Case) -> str:

@@ -28,14 +28,14 @@ def _disabled(garments: tiny.Case):  # type: ignore[no-untyped-def]
 
 def test_threshold_zero_and_disable_are_bit_identical(garments: tiny.Case) -> None:
     plain = garments(SEEDS)
-    speca.enable(garments.pipe, threshold=0.0, min_draft=0)
+    speca.enable(garments.pipe, tiny.VERIFYING, threshold=0.0, min_draft=0)
     assert torch.equal(garments(SEEDS), plain)
     speca.disable(garments.pipe)
     assert torch.equal(garments(SEEDS), plain)
 
 
 def test_batch_mates_do_not_matter(garments: tiny.Case) -> None:
-    speca.enable(garments.pipe, threshold=0.02, threshold_decay=1.0, max_draft=6)
+    speca.enable(garments.pipe, tiny.VERIFYING, threshold=0.02, threshold_decay=1.0, max_draft=6)
     together = garments(SEEDS, steps=24)
     decisions = [s.decisions for s in speca.report(garments.pipe).samples]
     assert len(set(decisions)) > 1, "the samples must differ for this test to say anything"

@@ -15,7 +15,7 @@ import tiny
 from speca.model.gate import block_lists
 from speca.pipeline import ATTRIBUTE
 
-LOOSE = dict(threshold=1e9, min_draft=0, max_draft=3)
+LOOSE = dict(preset=tiny.VERIFYING, threshold=1e9, min_draft=0, max_draft=3)
 SEEDS = [3, 8, 5]
 
 
@@ -34,7 +34,7 @@ def middling(case: tiny.Case) -> float:
 # -- 1. threshold 0 is bit-identical ------------------------------------------------------------------
 def test_threshold_zero_is_bit_identical(case: tiny.Case) -> None:
     plain = case(SEEDS)
-    speca.enable(case.pipe, threshold=0.0, min_draft=0)
+    speca.enable(case.pipe, tiny.VERIFYING, threshold=0.0, min_draft=0)
     assert torch.equal(case(SEEDS), plain)
     assert all(set(d) == {"F", "R"} for d in decisions(case))
 
@@ -53,7 +53,7 @@ def test_loose_threshold_changes_the_image_and_saves_flops(case: tiny.Case) -> N
 # -- 2. batch-mates do not matter ---------------------------------------------------------------------
 def test_a_row_does_not_depend_on_its_batch_mates(case: tiny.Case) -> None:
     threshold = middling(case) * 1.01
-    speca.enable(case.pipe, threshold=threshold, threshold_decay=1.0, min_draft=0, max_draft=4)
+    speca.enable(case.pipe, tiny.VERIFYING, threshold=threshold, threshold_decay=1.0, min_draft=0, max_draft=4)
     alone: dict[int, tuple[str, torch.Tensor]] = {}
     for seed in range(6):
         image = case([seed])
@@ -72,7 +72,7 @@ def test_only_rejected_rows_are_recomputed(case: tiny.Case) -> None:
     threshold = middling(case) * 1.01
     rows: list[int] = []
     first = next(iter(block_lists(case.transformer).values()))[0]
-    speca.enable(case.pipe, threshold=threshold, threshold_decay=1.0, min_draft=0, max_draft=4)
+    speca.enable(case.pipe, tiny.VERIFYING, threshold=threshold, threshold_decay=1.0, min_draft=0, max_draft=4)
     case(SEEDS)
     handle = first.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(next(v for v in (*args, *kwargs.values()) if torch.is_tensor(v)).shape[0]),
@@ -267,7 +267,7 @@ def test_own_sampling_loop_gives_the_same_as_the_scheduler_says() -> None:
         return x
 
     plain = sample()
-    speca.enable(model, scheduler=scheduler, threshold=0.0, min_draft=0)
+    speca.enable(model, tiny.VERIFYING, scheduler=scheduler, threshold=0.0, min_draft=0)
     assert torch.equal(sample(), plain)
     speca.enable(model, scheduler=scheduler, **LOOSE)
     told = sample()

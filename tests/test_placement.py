@@ -31,8 +31,8 @@ import tiny
 from speca.core.verify import ERRORS
 from speca.model.shards import total_of
 
-LOOSE = dict(threshold=1e9, min_draft=0, max_draft=3)
-EXACT = dict(threshold=0.0, min_draft=0)
+LOOSE = dict(preset=tiny.VERIFYING, threshold=1e9, min_draft=0, max_draft=3)
+EXACT = dict(preset=tiny.VERIFYING, threshold=0.0, min_draft=0)
 DRAFTED = "FFF" + "AAAF" * 2 + "AAF"
 SEEDS = [3, 8, 5]
 
@@ -46,7 +46,9 @@ def mixed(case: tiny.Case) -> dict[str, Any]:
     speca.enable(case.pipe, **LOOSE)
     case(SEEDS)
     errors = sorted(e for s in speca.report(case.pipe).samples for e in s.errors if e is not None)
-    return dict(threshold=errors[len(errors) // 2] * 1.01, threshold_decay=1.0, min_draft=0, max_draft=4)
+    return dict(
+        preset=tiny.VERIFYING, threshold=errors[len(errors) // 2] * 1.01, threshold_decay=1.0, min_draft=0, max_draft=4
+    )
 
 
 def assert_exact_and_drafts(case: tiny.Case, plain: Tensor) -> None:

@@ -10,8 +10,12 @@ import diffusers
 import torch
 from torch import Tensor
 
+import speca
+
 diffusers.utils.logging.set_verbosity_error()
 STEPS = 14
+VERIFYING = speca.SpecaConfig(threshold_decay=1.0)
+"""Drafts that are verified one by one, as in the paper: what tests of the mechanism are about."""
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> Any:

@@ -21,7 +21,8 @@ class SpecaConfig:
         controller: who decides. "speca": verify each draft, reject per sample at that very step (the paper).
             "interval": full every `max_draft + 1` steps, never verified. "released": the authors' published code
             (deferred, one verdict for the batch), for comparison only. "planned": each sample's drafts are as long as
-            its corrections allow, see `tolerance`; needs the corrector, and a linear sampler.
+            `tolerance` or `speedup` allow; needs a linear sampler. "schedule": full at the steps of `schedule`, never
+            verified.
         forecaster: "taylor" (the paper's finite differences), "newton" (divided differences), "hermite" (HiCache)
             or "reuse" (repeat the last full step).
         order: order of the forecaster, 0 to 4. Needs `warmup >= order + 1`.
@@ -33,15 +34,18 @@ class SpecaConfig:
         warmup: full steps at the start, at least 1.
         final: full steps at the end, 0 or more.
         min_draft: drafts after a full step that are taken without verification, 0 or more.
-        max_draft: drafts after a full step before the next one must be full, at least 1.
+        max_draft: drafts after a full step before the next one must be full, at least 1; a budget may ask for more.
         verify: whether drafts are verified at all.
         corrector: whether a full step corrects the drafts before it (`core/corrector.py`), where the sampler is linear.
-        tolerance: of controller "planned", the correction that drafts may need, as root mean square per element of the
-            sample (latents have about 1); above 0.
+        tolerance: of controller "planned", the estimated error that the drafts after a full step may add up to, as root
+            mean square per element of the latents, whose own is about 1; 0 leaves it to `speedup`.
+        speedup: of controller "planned", a budget, 1 or more: no sample takes more than `steps / speedup` full steps,
+            and no period is shorter than an even share of what is left; 0 is no budget.
+        schedule: of controller "schedule", the indices of the full steps.
         history_dtype: storage of kept features: "model" (as computed), "float32", "bfloat16" or "float16".
     """
 
-    controller: Literal["speca", "interval", "released", "planned"] = "speca"
+    controller: Literal["speca", "interval", "released", "planned", "schedule"] = "speca"
     forecaster: Literal["taylor", "newton", "hermite", "reuse"] = "newton"
     order: int = 1
     axis: Literal["step", "noise"] = "step"
@@ -56,6 +60,8 @@ class SpecaConfig:
     verify: bool = True
     corrector: bool = False
     tolerance: float = 0.01
+    speedup: float = 0.0
+    schedule: tuple[int, ...] = ()
     history_dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
 
     def __post_init__(self) -> None:
@@ -72,6 +78,10 @@ class SpecaConfig:
                 f"order={self.order} needs {self.order + 1} full steps before the first forecast, but "
                 f"warmup={self.warmup}; set warmup={self.order + 1} or order={self.warmup - 1}."
             )
+        if self.speedup and self.controller != "planned":
+            raise ConfigError(f"speedup={self.speedup} is a budget of controller 'planned', not {self.controller!r}.")
+        if 0 < self.speedup < 1:
+            raise ConfigError(f"speedup={self.speedup} would be a slow-down; use 1 or more, or 0 for no budget.")
         if self.min_draft > self.max_draft:
             raise ConfigError(
                 f"min_draft={self.min_draft} exceeds max_draft={self.max_draft}; lower min_draft or raise max_draft."
@@ -101,7 +111,11 @@ class SpecaConfig:
         for name in overrides:
             if name not in fields:
                 raise ConfigError(f"unknown setting {name!r}; {nearest(name, fields)}")
-        return dataclasses.replace(base, **overrides)
+        chosen = {"tolerance": 0.0, **overrides} if overrides.get("speedup") else overrides  # a budget is to be spent
+        config = dataclasses.replace(base, **chosen)
+        if "tolerance" in overrides and config.controller != "planned":
+            raise ConfigError(f"tolerance belongs to controller 'planned', not {config.controller!r}; use threshold.")
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, one per field; `SpecaConfig(**d)` restores it."""
@@ -114,6 +128,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("threshold_decay", 0.0, 1.0),
     ("threshold_floor", 0.0, 1e9),
     ("tolerance", 0.0, 1e9),
+    ("speedup", 0.0, 1000.0),
     ("warmup", 1, 1000),
     ("final", 0, 1000),
     ("min_draft", 0, 1000),
@@ -122,6 +137,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 
 def _check_type(name: str, value: object, hint: Any) -> None:
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple) or any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in value):
+            raise ConfigError(f"{name}={value!r} must be a tuple of whole numbers, 0 or more.")
+        return
     choices = typing.get_args(hint)
     if choices:
         if value not in choices:
@@ -132,12 +151,23 @@ def _check_type(name: str, value: object, hint: Any) -> None:
         raise ConfigError(f"{name}={value!r} must be of type {hint.__name__}, not {type(value).__name__}.")
 
 
-# Chosen on tuning seeds of `fashion-dit` (`recipes/tune_presets.py`; docs/LOG.md, 2026-11-23): order 1 beat order 2,
-# and a first draft after a full step was hardly ever wrong, so its check is not worth a block.
+_PLANNED = SpecaConfig(
+    controller="planned",
+    corrector=True,
+    warmup=2,
+    final=0,
+    max_draft=12,
+    min_draft=1,
+    threshold=0.03,
+    threshold_decay=1.0,
+)
+
+# Chosen on tuning seeds of `fashion-dit` and of an early `emoji-flux` (docs/LOG.md, 2026-11-24). Where a sampler is not
+# linear the thresholds count: a first draft after a full step was hardly ever wrong, so its check is not worth a block.
 PRESETS: dict[str, SpecaConfig] = {
-    "faithful": SpecaConfig(threshold=0.02, threshold_decay=1.0, min_draft=1, max_draft=2),
-    "balanced": SpecaConfig(threshold=0.03, threshold_decay=1.0, min_draft=1, max_draft=4),
-    "fast": SpecaConfig(threshold=0.05, threshold_decay=1.0, min_draft=2, max_draft=6),
+    "faithful": dataclasses.replace(_PLANNED, tolerance=0.004, threshold=0.02),
+    "balanced": dataclasses.replace(_PLANNED, tolerance=0.01),
+    "fast": dataclasses.replace(_PLANNED, tolerance=0.02, threshold=0.05),
     # The paper's method with the settings its authors published for DiT (tau_0 0.3, beta 0.05, at most 8 drafts).
     # Their order 4 needs five anchors; three warm-up steps give three, hence order 2.
     "paper": SpecaConfig(

@@ -164,7 +164,8 @@ class Run:
 
     def _transitions(self, course: Course, branch: Branch, position: Position) -> Sequence[Transition]:
         """What the sampler does at each step, where that is wanted and known; the run's notes say why it is not."""
-        if not self.config.corrector or branch.idle:
+        c = self.config
+        if not (c.corrector or self.speculator.controller.plans_ahead) or branch.idle:
             return ()
         found, reason = course.transitions(position.total)
         if reason := reason or branch.uncorrected:

@@ -194,7 +194,7 @@ class Speculator:
         return rowwise.merge(parts, branch.rows)
 
     def record(self, work: Work, trajectories: Sequence[Trajectory], features: Features, out: Any) -> None:
-        """Keep what a full pass over the rows of `trajectories` gave as their newest anchor, and correct `out` by it."""
+        """Keep what a full pass over the rows of `trajectories` gave as their newest anchor, and correct `out`."""
         branch, rows, learnt = work.branch, _rows(trajectories), self.gate.learnt
         assert learnt is not None
         streams = zip([*features.state, *features.outputs], learnt.layouts, strict=True)
@@ -207,7 +207,7 @@ class Speculator:
         if any(f.shape[1:] != shape for f, shape in zip(first, branch.shapes, strict=True)):
             raise UnsupportedModelError("some rows of the batch have block features of another shape than all of them.")
         branch.history.push(rows, first)
-        if self.config.corrector and work.transitions:
+        if work.transitions:
             self._correct(work, trajectories, out)
         for trajectory in trajectories:
             trajectory.anchors = [self._where(work.position), *trajectory.anchors][: self.config.anchors]
@@ -218,9 +218,13 @@ class Speculator:
         if corrector is None or not taken:
             return
         main = rowwise.main(out, len(rows), work.arguments)
-        if taken != rows:
-            main = main[torch.tensor([rows.index(row) for row in taken], device=main.device)]
-        corrector.draft(taken, main, self._where(work.position), work.transitions[work.position.index])
+        part = torch.tensor([rows.index(row) for row in taken], device=main.device)
+        transition = work.transitions[work.position.index]
+        by_row = {row: t for t in work.branch.trajectories for row in t.rows}
+        if transition.pull and self.config.corrector:
+            lacking = corrector.pulled(taken, self._weights([by_row[row] for row in taken], work.position))
+            main.index_add_(0, part, lacking.to(main.dtype))
+        corrector.draft(taken, main[part], self._where(work.position), transition)
 
     def _correct(self, work: Work, trajectories: Sequence[Trajectory], out: Any) -> None:
         """Move samples by what their full step tells of the drafts before it, through the model's output `out`."""
@@ -234,25 +238,29 @@ class Speculator:
             branch.corrector = Corrector(self.config.anchors, branch.rows)
         corrector, here = branch.corrector, self._where(work.position)
         told, transition = main.clone(), work.transitions[work.position.index]
+        change = torch.zeros_like(told, dtype=torch.float32)
         drafted = [t for t in trajectories if corrector.drafts[t.rows[0]]]
         if drafted and abs(transition.move) > TINY:
             moved, index = _rows(drafted), {row: i for i, row in enumerate(rows)}
             of = {row: quadrature([here, *t.anchors], corrector.drafts[row]) for t in drafted for row in t.rows}
             part = torch.tensor([index[row] for row in moved], device=main.device)
-            move = corrector.move(moved, told[part], [of[row] for row in moved])
-            self._plan_ahead(corrector, drafted, moved, move)
-            shift = (move * (transition.keep / transition.move)).to(main.dtype)
-            main.index_add_(0, part, shift)
-        corrector.anchor(rows, told)
+            move, sizes = corrector.move(moved, told[part], [of[row] for row in moved], transition)
+            self._plan_ahead(corrector, drafted, moved, sizes)
+            if self.config.corrector:
+                change.index_add_(0, part, move * transition.pull)
+                shift = move * (transition.pull + transition.keep / transition.move)
+                main.index_add_(0, part, shift.to(main.dtype))
+        corrector.anchor(rows, told, change)
+        for trajectory in trajectories:
+            trajectory.linear = True
 
     def _plan_ahead(
-        self, corrector: Corrector, drafted: Sequence[Trajectory], rows: Sequence[int], move: Tensor
+        self, corrector: Corrector, drafted: Sequence[Trajectory], rows: Sequence[int], sizes: Tensor
     ) -> None:
-        """Let the controller plan the next draft by the size of the correction, in root mean squares of the sample."""
+        """Let the controller plan the next drafts of samples by the estimated errors (n,) of their rows."""
         if not self.controller.plans_ahead:
             return
-        sizes = self._read(move.flatten(1).square().mean(1).sqrt())
-        by_row = dict(zip(rows, sizes, strict=True))
+        by_row = dict(zip(rows, self._read(sizes), strict=True))
         for trajectory in drafted:
             estimate = _worst([by_row[row] for row in trajectory.rows])
             self.controller.observe(trajectory, estimate, len(corrector.drafts[trajectory.rows[0]]))

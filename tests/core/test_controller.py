@@ -93,3 +93,66 @@ def test_config_is_frozen_and_strict() -> None:
         with pytest.raises(speca.ConfigError):
             config(**wrong)
     assert speca.SpecaConfig(**config().to_dict()) == config()
+
+
+def play_planned(rule: Controller, estimates: list[float], total: int = 50) -> str:
+    """Decisions of one sample whose drafts before step i turn out wrong by `estimates[i]` times their number cubed."""
+    t = Trajectory(0, (0,), total=total, linear=True)
+    for step in range(total):
+        t.step = step
+        if rule.plan(t) is Plan.FULL:
+            if t.streak:
+                rule.observe(t, estimates[step] * (t.streak + 1) ** 3, t.streak)
+            t.note(FULL)
+        else:
+            t.note(ACCEPTED)
+    return "".join(t.decisions)
+
+
+PLANNED = dict(controller="planned", max_draft=12)
+
+
+def test_planned_period_is_the_one_that_meets_the_tolerance() -> None:
+    """The error of a period n is 1e-4 n^3, so tolerance 0.0125 is met by n = 5, and the safety factor asks for 4.8."""
+    rule = controller(config(**PLANNED, tolerance=0.0125))
+    decisions = play_planned(rule, [1e-4] * 50)
+    assert decisions == "FFAA" + "FAAAA" * 9 + "F"
+
+
+def test_planned_period_follows_the_error_of_the_moment() -> None:
+    rule = controller(config(**PLANNED, tolerance=0.0125))
+    decisions = play_planned(rule, [1e-4] * 20 + [2e-3] * 15 + [1e-5] * 15)
+    assert decisions[20:35].count("F") >= 6 and decisions[35:].count("F") <= 3
+
+
+@pytest.mark.parametrize("speedup", [1.0, 1.7, 2.0, 3.0, 4.9, 5.0, 7.1, 13.0, 25.0, 50.0])
+@pytest.mark.parametrize("final", [0, 1])
+@pytest.mark.parametrize("tolerance", [0.0, 0.0125, 1.0])
+def test_budget_is_never_exceeded(speedup: float, final: int, tolerance: float) -> None:
+    rule = controller(config(**PLANNED, speedup=speedup, final=final, tolerance=tolerance))
+    for estimates in ([1e-6] * 50, [1.0] * 50, [1e-4] * 25 + [1.0] * 25):
+        spent = play_planned(rule, estimates).count("F")
+        assert spent <= int(50 / speedup)
+        if tolerance == 0.0 and speedup >= 2:
+            assert spent >= int(50 / speedup) - 1, "a budget is there to be spent"
+
+
+def test_budget_is_spread() -> None:
+    rule = controller(config(**PLANNED, speedup=5.0, tolerance=0.0))
+    decisions = play_planned(rule, [1e-4] * 50)
+    assert decisions.count("F") == 10 and max(len(run) for run in decisions[4:].split("F")) <= 6
+
+
+def test_planned_verifies_where_nothing_is_known_of_the_error() -> None:
+    rule = controller(config(**PLANNED, tolerance=0.01, threshold=0.1, threshold_decay=1.0, min_draft=1))
+    assert play(rule, [9.0] * 12) == "FFARARARARAR"
+
+
+def test_planned_is_exact_without_threshold_or_tolerance() -> None:
+    assert play_planned(controller(config(**PLANNED, threshold=0.0)), [0.0] * 50) == "F" * 50
+    assert play_planned(controller(config(**PLANNED, tolerance=0.0)), [0.0] * 50) == "F" * 50
+
+
+def test_schedule_is_followed_once_there_are_anchors() -> None:
+    rule = controller(config(controller="schedule", schedule=(0, 5, 6, 11)))
+    assert play(rule, [9.0] * 12) == "FFAAAFFAAAAF"

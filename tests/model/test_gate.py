@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import speca
+import tiny
 from speca.model import rows as rowwise
 
 
@@ -98,9 +99,9 @@ def loop(model: nn.Module, rows: int = 3, steps: int = 12) -> torch.Tensor:
 def test_an_unknown_model_is_discovered_and_accelerated(rows: int) -> None:
     model = Unheard()
     plain = loop(model, rows)
-    speca.enable(model, num_inference_steps=12, threshold=0.0, min_draft=0)
+    speca.enable(model, tiny.VERIFYING, num_inference_steps=12, threshold=0.0, min_draft=0)
     assert torch.equal(loop(model, rows), plain)
-    speca.enable(model, num_inference_steps=12, threshold=1e9, min_draft=0, max_draft=2)
+    speca.enable(model, tiny.VERIFYING, num_inference_steps=12, threshold=1e9, min_draft=0, max_draft=2)
     close = loop(model, rows)
     report = speca.report(model)
     assert "runs plainly" not in " ".join(report.notes) and report.samples[0].accepted == 6
@@ -125,7 +126,7 @@ def test_a_verify_block_that_writes_into_its_input_is_recorded_as_it_was_given()
         last = kind(8).eval().requires_grad_(False)
         last.load_state_dict(model.back[3].state_dict())
         model.back[3] = last
-        speca.enable(model, num_inference_steps=12, threshold=1e9, min_draft=0, max_draft=2)
+        speca.enable(model, tiny.VERIFYING, num_inference_steps=12, threshold=1e9, min_draft=0, max_draft=2)
         results.append(loop(model))
         assert speca.report(model).samples[0].accepted == 6
     assert torch.equal(results[0], results[1])
@@ -136,7 +137,7 @@ def test_a_verify_block_that_writes_into_its_input_is_recorded_as_it_was_given()
 def test_a_hostile_model_runs_plainly_and_correctly(make: Any, rows: int) -> None:
     model = make()
     plain = loop(model, rows)
-    speca.enable(model, num_inference_steps=12, threshold=1e9)
+    speca.enable(model, tiny.VERIFYING, num_inference_steps=12, threshold=1e9)
     with pytest.warns(UserWarning, match="runs plainly"):
         assert torch.equal(loop(model, rows), plain)
 

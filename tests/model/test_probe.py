@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import speca
+import tiny
 from speca.model import probe
 from speca.model.gate import Features, Gate, Mode
 from speca.run import ATTRIBUTE
 
 STEPS = 12
-LOOSE = dict(num_inference_steps=STEPS, threshold=1e9, min_draft=0, max_draft=2)
+LOOSE = dict(preset=tiny.VERIFYING, num_inference_steps=STEPS, threshold=1e9, min_draft=0, max_draft=2)
 
 
 class Block(nn.Module):

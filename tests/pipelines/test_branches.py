@@ -21,7 +21,7 @@ from speca.run import ATTRIBUTE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
 SEEDS = [3, 8]
-LOOSE = dict(threshold=1e9, min_draft=0, max_draft=3)
+LOOSE = dict(preset=tiny.VERIFYING, threshold=1e9, min_draft=0, max_draft=3)
 ALL = list(range(tiny.STEPS))
 
 
@@ -44,7 +44,7 @@ def held(case: tiny.Case) -> int:
 def check(case: tiny.Case, **call: Any) -> dict[str, tuple[list[int], str]]:
     """Exact at threshold 0, and at a loose one the same twice, one letter a step; returns the branches."""
     plain = case(SEEDS, **call)
-    speca.enable(case.pipe, threshold=0.0, min_draft=0)
+    speca.enable(case.pipe, tiny.VERIFYING, threshold=0.0, min_draft=0)
     assert torch.equal(case(SEEDS, **call), plain)
     speca.enable(case.pipe, **LOOSE)
     first = case(SEEDS, **call)
@@ -204,7 +204,7 @@ def test_several_images_of_one_prompt(name: str) -> None:
         return images
 
     plain = draw()
-    speca.enable(case.pipe, threshold=0.0, min_draft=0)
+    speca.enable(case.pipe, tiny.VERIFYING, threshold=0.0, min_draft=0)
     assert torch.equal(draw(), plain)
     assert len(speca.report(case.pipe).samples) == 4
 

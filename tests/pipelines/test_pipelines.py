@@ -17,7 +17,7 @@ from speca.pipeline import transformers_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
 SEEDS = [3, 8]
-LOOSE = dict(threshold=1e9, min_draft=0, max_draft=3)
+LOOSE = dict(preset=tiny.VERIFYING, threshold=1e9, min_draft=0, max_draft=3)
 BEGINS_LATER = {"flux-img2img": 10, "flux-inpaint": 13, "sd3-img2img": 12, "wan-v2v": 11}
 """Steps taken by the pipelines that start from an image."""
 
@@ -54,7 +54,7 @@ def threshold_in_a_gap(case: tiny.Case) -> float:
 def test_exact_at_threshold_zero_and_restored(named: str) -> None:
     case, plain = prepared(named)
     assert torch.isfinite(plain).all()
-    speca.enable(case.pipe, threshold=0.0, min_draft=0)
+    speca.enable(case.pipe, tiny.VERIFYING, threshold=0.0, min_draft=0)
     assert torch.equal(case(SEEDS), plain)
     assert {"R"} < set("".join(decisions(case))) <= {"F", "R"}
     assert not [n for n in speca.report(case.pipe).notes if "plainly" in n]
@@ -81,7 +81,9 @@ def test_two_at_once_are_each_alone(named: str) -> None:
     case, _ = prepared(named)
     speca.enable(case.pipe, **LOOSE)
     case(SEEDS)
-    speca.enable(case.pipe, threshold=threshold_in_a_gap(case), threshold_decay=1.0, min_draft=0, max_draft=4)
+    speca.enable(
+        case.pipe, tiny.VERIFYING, threshold=threshold_in_a_gap(case), threshold_decay=1.0, min_draft=0, max_draft=4
+    )
     together, decided = case(SEEDS), decisions(case)
     assert {"A", "R"} <= set("".join(decided))
     for row, seed in enumerate(SEEDS):
@@ -101,7 +103,7 @@ def test_half_precision_rounds_timesteps_but_moves_no_step(name: str) -> None:
         n: v.bfloat16() if torch.is_floating_point(v) else v for n, v in draw(seeds).items()
     }
     plain = case(SEEDS, steps=steps)
-    speca.enable(case.pipe, threshold=0.0, min_draft=0)
+    speca.enable(case.pipe, tiny.VERIFYING, threshold=0.0, min_draft=0)
     assert torch.equal(case(SEEDS, steps=steps), plain)
     speca.enable(case.pipe, **LOOSE)
     case(SEEDS, steps=steps)
@@ -125,7 +127,7 @@ def test_a_modular_pipeline() -> None:
             return torch.as_tensor(pipe(**made, **size, generator=generators, output="latents"))
 
     plain = draw()
-    speca.enable(pipe, threshold=0.0, min_draft=0)
+    speca.enable(pipe, tiny.VERIFYING, threshold=0.0, min_draft=0)
     assert torch.equal(draw(), plain)
     speca.enable(pipe, **LOOSE)
     first = draw()

@@ -94,7 +94,7 @@ def test_every_step_is_placed(name: str, scale: float) -> None:
     model, scheduler = tiny.dit_transformer(), make(name)
     plain, times = sample(model, scheduler, scale)
     assert torch.isfinite(plain).all()
-    speca.enable(model, scheduler=scheduler, threshold=0.0, min_draft=0)
+    speca.enable(model, tiny.VERIFYING, scheduler=scheduler, threshold=0.0, min_draft=0)
     seen: list[tuple[int, int]] = []
     play = model.__dict__[ATTRIBUTE].speculator.play
     model.__dict__[ATTRIBUTE].speculator.play = lambda work: (
@@ -112,7 +112,7 @@ def test_every_step_is_placed(name: str, scale: float) -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_drafts_stay_finite(name: str) -> None:
     model, scheduler = tiny.dit_transformer(), make(name)
-    speca.enable(model, scheduler=scheduler, threshold=1e9, min_draft=0, max_draft=2)
+    speca.enable(model, tiny.VERIFYING, scheduler=scheduler, threshold=1e9, min_draft=0, max_draft=2)
     first, times = sample(model, scheduler, 1.0)
     assert torch.isfinite(first).all()
     report = speca.report(model)

@@ -19,7 +19,7 @@ from speca.pipeline import HOOK
 from speca.run import ATTRIBUTE
 
 SEEDS = [3, 8]
-LOOSE = dict(threshold=1e9, min_draft=0, max_draft=3)
+LOOSE = dict(preset=tiny.VERIFYING, threshold=1e9, min_draft=0, max_draft=3)
 
 
 def decisions(case: tiny.Case) -> str:
@@ -79,7 +79,7 @@ def test_enabling_the_other_replaces_the_settings_of_both(shared: Any) -> None:
     one, two, first, _ = shared
     speca.enable(one.pipe, **LOOSE)
     assert torch.equal(one(SEEDS), first)
-    speca.enable(two.pipe, threshold=0.0, min_draft=0)
+    speca.enable(two.pipe, tiny.VERIFYING, threshold=0.0, min_draft=0)
     with pytest.raises(speca.NotEnabledError, match="nothing has run yet"):
         speca.report(one.pipe)
     one(SEEDS)

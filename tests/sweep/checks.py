@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import speca
+import tiny
 from speca.pipeline import ATTRIBUTE
 
 from .cases import CASES, REASONS, Case
@@ -153,7 +154,7 @@ def _check(result: Result, model: Any) -> None:
     plain = loop(model, case, rows)
     result.demand(all(torch.isfinite(o).all() for step in plain for o in step), "finite")
     before = snapshot(model)
-    speca.enable(model, num_inference_steps=STEPS, threshold=0.0, min_draft=0)
+    speca.enable(model, tiny.VERIFYING, num_inference_steps=STEPS, threshold=0.0, min_draft=0)
     result.demand(list(model.state_dict()) == before[3], "state dict unchanged while enabled")
     result.demand(equal(loop(model, case, rows), plain), EXACT)
     run = model.__dict__[ATTRIBUTE]
@@ -175,11 +176,11 @@ def _check(result: Result, model: Any) -> None:
 def _mixed(result: Result, model: Any, rows: list[int]) -> None:
     """Rows that decide differently in one batch: each must do and give what it does and gives alone."""
     case = result.case
-    speca.enable(model, num_inference_steps=STEPS, threshold=1e9, **RULE)
+    speca.enable(model, tiny.VERIFYING, num_inference_steps=STEPS, threshold=1e9, **RULE)
     loop(model, case, rows)
     decided: list[str] = []
     for threshold in _between([e for t in _records(model) for e in t.errors if e is not None]):
-        speca.enable(model, num_inference_steps=STEPS, threshold=threshold, **RULE)
+        speca.enable(model, tiny.VERIFYING, num_inference_steps=STEPS, threshold=threshold, **RULE)
         together = loop(model, case, rows)
         decided = ["".join(t.decisions) for t in _records(model)]
         if {"A", "R"} <= set("".join(decided)) and (len(rows) == 1 or len(set(decided)) > 1):
@@ -210,7 +211,7 @@ def _records(model: Any) -> Any:
 
 def _memory(result: Result, model: Any, rows: list[int]) -> None:
     """Bytes of all tensors held between steps, at their highest, against the report's figure."""
-    speca.enable(model, num_inference_steps=STEPS, threshold=1e9, **RULE)
+    speca.enable(model, tiny.VERIFYING, num_inference_steps=STEPS, threshold=1e9, **RULE)
     run, held = model.__dict__[ATTRIBUTE], [0]
     loop(model, result.case, rows, lambda: held.append(stored([run.branches, vars(run.gate)])))
     told = speca.report(model).bytes_per_sample

@@ -7,9 +7,10 @@ sample's decisions cannot depend on its batch-mates; only `ReleasedController` l
 from __future__ import annotations
 
 import enum
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..config import SpecaConfig
 from ..errors import ConfigError, nearest
@@ -36,7 +37,9 @@ class Trajectory:
         step, total: current step index, counted from 0, and number of steps.
         fulls: full steps so far, rejected ones included.
         streak: drafts since the last full step.
-        planned: drafts planned after the last full step; only controllers that plan ahead set it.
+        period: steps from the full step before the last one to the last one, 1 if there were no drafts between.
+        planned: the period that was planned at the last full step, by a controller that plans ahead.
+        linear: whether its corrections are known, and with them how wrong its drafts were.
         error: error of the last verified draft since the last full step, None if there is none.
         anchors: positions of kept full steps, newest first.
         steps: indices of the steps it took part in; guidance may leave some out.
@@ -50,7 +53,9 @@ class Trajectory:
     total: int = 1
     fulls: int = 0
     streak: int = 0
-    planned: float = 2.0
+    planned: float = 3.0
+    linear: bool = False
+    period: int = 1
     error: float | None = None
     anchors: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -71,7 +76,7 @@ class Trajectory:
             self.streak += 1
             self.error = self.error if error is None else error
         else:
-            self.fulls += 1
+            self.fulls, self.period = self.fulls + 1, self.streak + 1
             self.streak, self.error = 0, None
 
     def restart(self) -> None:
@@ -100,8 +105,8 @@ class Controller(ABC):
     def plan(self, trajectory: Trajectory) -> Plan:
         """What this sample does at its current step."""
 
-    def observe(self, trajectory: Trajectory, estimate: float, drafts: int) -> None:
-        """Told at a full step that the `drafts` before it were wrong by `estimate`, as far as the corrector can tell."""
+    def observe(self, trajectory: Trajectory, estimate: float, drafts: int) -> None:  # noqa: B027, most need not know
+        """Told at a full step that the `drafts` before it were wrong by `estimate`, in units of the straight path."""
 
     def judged(self, errors: Sequence[float]) -> list[float]:
         """The errors verdicts are passed on: each sample's own."""
@@ -138,26 +143,66 @@ class IntervalController(Controller):
         return Plan.FULL if self._must_be_full(trajectory) else Plan.UNCHECKED
 
 
-class PlannedController(SpecaController):
-    """Drafts as long as their error allows: the step-size control of ODE solvers, for each sample on its own.
+class ScheduleController(Controller):
+    """Full at the steps of `schedule` and wherever too few anchors are kept, drafts never verified."""
 
-    Drafts of order p over n steps leave an error of order `n^(p+2)` (Milne's estimate, `core/corrector.py`), so the next
-    period is `n * (safety * tolerance / estimate) ** (1 / (p + 2))`, changed by no more than a factor at a time.
+    def plan(self, trajectory: Trajectory) -> Plan:
+        c = self.config
+        due = trajectory.step in c.schedule or trajectory.fulls < c.anchors
+        return Plan.FULL if due else Plan.UNCHECKED
+
+
+class PlannedController(Controller):
+    """Drafts as long as their error, or the budget, allows, for each sample on its own.
+
+    Drafts of order p over a period of n steps leave an error of order `n^(p+2)`, and each correction estimates it
+    (Milne, see `core/corrector.py`). So the period that meets a tolerance is `n * (tolerance / estimate)^(1 / (p+2))`:
+    the step-size control of ODE solvers, with their safety factor and limits of change. Of a budget of
+    `steps / speedup` full steps, no period is shorter than an even share of what is left.
+
+    Planned drafts are not verified. Where a sampler is not linear nothing is estimated: short drafts are verified.
     """
 
     plans_ahead = True
-    SHRINK, GROW, SAFETY = 0.4, 2.0, 0.9
+    SAFETY, SHRINK, GROW, LEAP = 0.9, 0.4, 2.0, 3.0  # a period is at most LEAP times as long as the one before it
+    UNSURE = 4  # longest draft where nothing is known of its error
+
+    def __init__(self, config: SpecaConfig) -> None:
+        super().__init__(config)
+        self.verifying = SpecaController(replace(config, max_draft=min(config.max_draft, self.UNSURE)))
+
+    def idle(self, steps: int) -> bool:
+        return self.budget(steps) >= steps and super().idle(steps)
+
+    def budget(self, steps: int) -> int:
+        """Full steps that a sample may take in all: `steps / speedup` rounded down, at least one; no budget: all."""
+        return max(1, math.floor(steps / self.config.speedup + 1e-9)) if self.config.speedup else steps
 
     def plan(self, trajectory: Trajectory) -> Plan:
-        due = trajectory.streak >= round(trajectory.planned)
-        return Plan.FULL if due else super().plan(trajectory)
+        c, t = self.config, trajectory
+        left = self.budget(t.total) - t.fulls
+        exact = self.threshold(t) == 0 or (c.tolerance == 0 and not c.speedup)
+        if exact or t.fulls < min(c.warmup, self.budget(t.total)):
+            return Plan.FULL
+        if left <= 0:
+            return Plan.UNCHECKED
+        if not (t.linear or c.speedup):
+            return self.verifying.plan(t)
+        to_come, spare = t.total - t.step, left - c.final
+        if to_come <= min(left, c.final):
+            return Plan.FULL
+        if spare <= 0:
+            return Plan.UNCHECKED
+        even = (to_come + t.streak + 1 - c.final) / (spare + 1) if c.speedup else 1.0
+        period = max(even, min(t.planned, c.max_draft + 1.0))
+        return Plan.FULL if t.streak + 1 >= round(min(period, self.LEAP * t.period)) else Plan.UNCHECKED
 
     def observe(self, trajectory: Trajectory, estimate: float, drafts: int) -> None:
-        c = self.config
-        order = c.anchors - 1
-        factor = (self.SAFETY * c.tolerance / max(estimate, 1e-12)) ** (1 / (order + 2))
-        period = (drafts + 1) * min(self.GROW, max(self.SHRINK, factor))
-        trajectory.planned = min(max(period - 1, 0.0), float(c.max_draft))
+        factor = (self.SAFETY * self.config.tolerance / max(estimate, 1e-12)) ** (1 / (self.config.anchors + 1))
+        trajectory.planned = (drafts + 1) * min(self.GROW, max(self.SHRINK, factor))
+
+    def accept(self, trajectories: Sequence[Trajectory], errors: Sequence[float]) -> list[bool]:
+        return self.verifying.accept(trajectories, errors)
 
 
 class ReleasedController(Controller):
@@ -192,6 +237,7 @@ CONTROLLERS: dict[str, type[Controller]] = {
     "speca": SpecaController,
     "interval": IntervalController,
     "released": ReleasedController,
+    "schedule": ScheduleController,
     "planned": PlannedController,
 }
 

@@ -176,12 +176,11 @@ def main(out: Any, rows: int, arguments: dict[str, Any]) -> Tensor:
     found = tensors(out)
     if len(found) != 1 or not found[0].is_floating_point() or found[0].shape[0] % rows:
         raise UnsupportedModelError("the model's output is not one tensor of all rows")
-    whole = found[0].unflatten(0, (rows, -1)) if found[0].shape[0] != rows else found[0]
+    whole = found[0].view(rows, -1, *found[0].shape[1:]) if found[0].shape[0] != rows else found[0]
     sample = next(iter(arguments.values()))
-    if isinstance(sample, Tensor) and sample.dim() == whole.dim() > 1 and whole.shape[1] == 2 * sample.shape[1]:
-        if whole.shape[2:] == sample.shape[2:]:
-            return whole[:, : sample.shape[1]]
-    return whole
+    if not isinstance(sample, Tensor) or whole.dim() < 2 or whole.shape[2:] != sample.shape[2:]:
+        return whole
+    return whole[:, : sample.shape[1]] if whole.shape[1] == 2 * sample.shape[1] else whole
 
 
 def take(out: Any, row: int, total: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""What a scheduler does to a sample at each step, found by trying it: `x' = keep * x + move * out`, or nothing of the kind.
+"""What a scheduler does to a sample at each step, found by trying it: `x' = keep * x + move * out`, or nothing such.
 
 No table of any scheduler is copied. A copy of the scheduler is stepped through all its timesteps, twice with the same
-noise and different numbers; the difference of the two shows the coefficients and whether there is more to it than those.
+noise and different numbers; the difference of the two shows the coefficients, and whether that is all there is to it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ TOLERANCE = 1e-4  # of what is left unexplained, relative; schedulers compute in
 def transitions(scheduler: Any, **given: Any) -> tuple[tuple[Transition, ...], str]:
     """The linear step at each of the scheduler's timesteps, or none and the reason.
 
-    Multistep and second-order schedulers keep outputs of earlier steps and mix them in, so what a step does is more than
-    a function of its own sample and output; clipping and thresholding are not linear. Both are noticed by their residual.
+    Multistep and second-order schedulers keep outputs of earlier steps and mix them in, so what a step does is more
+    than a function of its own sample and output; clipping is not linear. Both are noticed by what is left unexplained.
 
     Args:
         scheduler: after `set_timesteps`. It is left as it was, as is the global random state.
@@ -47,7 +47,27 @@ def transitions(scheduler: Any, **given: Any) -> tuple[tuple[Transition, ...], s
         if not torch.isfinite(solution).all() or left.norm() > TOLERANCE * target.norm():
             return (), f"a step of {name} is not linear in its own sample and output alone"
         found.append(Transition(*solution.flatten().tolist()))
-    return tuple(found), ""
+    sizes = _path(scheduler)
+    path = zip(found, sizes, [*sizes[1:], 1.0], strict=True)
+    return tuple(_on_path(step, size, after) for step, size, after in path), ""
+
+
+def _on_path(step: Transition, size: float, after: float) -> Transition:
+    """The transition with its `pull`; none where a sampler, as that of LCM, does not follow its sample's path."""
+    pull = (after / size - step.keep) / step.move if step.move else 0.0
+    return step._replace(pull=pull if pull * step.move < 0 else 0.0, size=size)
+
+
+def _path(scheduler: Any) -> list[float]:
+    """What signal and noise weigh together at each timestep: `n = p + q` of `x = p x_0 + q noise`; 1 if unknown."""
+    one, sizes = torch.ones(SHAPE), []
+    for timestep in scheduler.timesteps:
+        if hasattr(scheduler, "scale_noise"):  # of flows; the two methods take their arguments in another order
+            mixed = scheduler.scale_noise(one, timestep[None], one)
+        else:
+            mixed = scheduler.add_noise(one, one, timestep[None]) if hasattr(scheduler, "add_noise") else one
+        sizes.append(float(mixed[0, 0, 0, 0]))
+    return sizes
 
 
 def _trace(scheduler: Any, numbers: torch.Generator, given: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -1,0 +1,69 @@
+"""What schedulers do at each step, against their published formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from speca.model.sampler import transitions
+
+
+def ready(name: str, **config: Any) -> Any:
+    scheduler = getattr(diffusers, name)(**config)
+    scheduler.set_timesteps(12)
+    return scheduler
+
+
+def test_flow_euler_is_the_difference_of_sigmas() -> None:
+    scheduler = ready("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    found, reason = transitions(scheduler)
+    steps = scheduler.sigmas.diff().tolist()
+    assert not reason
+    assert [t.move for t in found] == pytest.approx(steps, abs=1e-6)
+    assert all(t.keep == pytest.approx(1, abs=1e-6) and t.size == pytest.approx(1, abs=1e-6) for t in found)
+    assert all(abs(t.pull) < 1e-3 for t in found)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_ddim_is_its_formula(eta: float) -> None:
+    """Song et al., arXiv:2010.02502, equation 12."""
+    scheduler = ready("DDIMScheduler", clip_sample=False, set_alpha_to_one=False)
+    found, _ = transitions(scheduler, eta=eta)
+    for t, (keep, move, pull, size) in zip(scheduler.timesteps.tolist(), found, strict=True):
+        before = max(t - scheduler.config.num_train_timesteps // 12, 0)
+        now, then = scheduler.alphas_cumprod[t].item(), scheduler.alphas_cumprod[before].item()
+        noise = eta * ((1 - then) / (1 - now) * (1 - now / then)) ** 0.5
+        a = (then / now) ** 0.5
+        assert keep == pytest.approx(a, rel=1e-4)
+        assert move == pytest.approx((1 - then - noise**2) ** 0.5 - a * (1 - now) ** 0.5, rel=1e-3, abs=1e-5)
+        assert size == pytest.approx(now**0.5 + (1 - now) ** 0.5, rel=1e-5)
+        assert pull * move <= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DPMSolverMultistepScheduler", {}),
+        ("UniPCMultistepScheduler", {}),
+        ("HeunDiscreteScheduler", {}),
+        ("PNDMScheduler", {}),
+        ("FlowMatchHeunDiscreteScheduler", {}),
+        ("DDIMScheduler", dict(clip_sample=True)),
+        ("DDIMScheduler", dict(thresholding=True, clip_sample=False)),
+    ],
+)
+def test_what_is_no_linear_step_is_noticed(name: str, config: dict[str, Any]) -> None:
+    found, reason = transitions(ready(name, **config))
+    assert found == () and name in reason
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "DDIMScheduler"])
+def test_trying_leaves_no_trace(name: str) -> None:
+    scheduler = ready(name, clip_sample=False) if name != "EulerAncestralDiscreteScheduler" else ready(name)
+    before, state = dict(vars(scheduler)), torch.get_rng_state()
+    found, _ = transitions(scheduler)
+    assert len(found) == 12 and torch.equal(torch.get_rng_state(), state)
+    assert vars(scheduler).keys() == before.keys() and all(vars(scheduler)[k] is v for k, v in before.items())

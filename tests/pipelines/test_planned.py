@@ -1,0 +1,155 @@
+"""Planned drafts and the corrector through whole pipelines."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+
+import speca
+import tiny
+from speca.model import sampler
+
+SEEDS = [3, 8, 5]
+
+
+def decisions(case: tiny.Case) -> list[str]:
+    return [s.decisions for s in speca.report(case.pipe).samples]
+
+
+def telling(case: tiny.Case, seeds: list[int]) -> float:
+    """A tolerance that ends the drafts of different samples at different steps."""
+    for tolerance in (10 ** (k / 4) for k in range(2, -13, -1)):
+        speca.enable(case.pipe, tolerance=tolerance)
+        case(seeds, steps=20)
+        if len(set(decisions(case))) > 1:
+            return tolerance
+    raise AssertionError("no tolerance tells these samples apart, so the test would say nothing")
+
+
+def test_the_corrector_leaves_the_full_run_alone(case: tiny.Case) -> None:
+    plain = case(SEEDS)
+    for exact in (dict(threshold=0.0), dict(tolerance=0.0)):
+        speca.enable(case.pipe, **exact)
+        assert torch.equal(case(SEEDS), plain)
+        assert all(set(d) == {"F"} for d in decisions(case))
+
+
+def test_a_planned_row_does_not_depend_on_its_batch_mates(case: tiny.Case) -> None:
+    speca.enable(case.pipe, tolerance=telling(case, list(range(6))))
+    alone = {}
+    for seed in range(6):
+        image = case([seed], steps=20)
+        alone[seed] = (decisions(case)[0], image[0])
+    for seeds in ([0, 1, 2, 3, 4, 5], [5, 3, 1]):
+        together = case(seeds, steps=20)
+        assert decisions(case) == [alone[s][0] for s in seeds]
+        for i, seed in enumerate(seeds):
+            torch.testing.assert_close(together[i], alone[seed][1], rtol=1e-3, atol=1e-3)
+
+
+def test_budget_holds_for_every_sample(case: tiny.Case) -> None:
+    for speedup in (2, 3.5, 5):
+        speca.enable(case.pipe, speedup=speedup)
+        case(SEEDS, steps=20)
+        assert all(d.count("F") == 20 // speedup and set(d) == {"F", "A"} for d in decisions(case))
+
+
+def test_a_correction_is_what_changes_the_picture(case: tiny.Case) -> None:
+    """With the same steps in full, the corrector alone makes the difference, and it is kept in memory."""
+    fixed = dict(controller="schedule", schedule=(0, 1, 4, 8), warmup=2, final=0)
+    speca.enable(case.pipe, **fixed, corrector=False)
+    without = case(SEEDS)
+    held = speca.report(case.pipe).bytes_per_sample
+    speca.enable(case.pipe, **fixed, corrector=True)
+    corrected = case(SEEDS)
+    assert decisions(case) == ["FFAAFAAAFAAAAA"] * len(SEEDS)
+    assert not torch.equal(corrected, without) and corrected.isfinite().all()
+    assert speca.report(case.pipe).bytes_per_sample > held
+
+
+def test_a_velocity_that_is_quadratic_in_time_is_integrated_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts of order 1 are wrong on it, and each full step puts right what the drafts before it did.
+
+    The verify block's output is what a draft forecasts; with a head that only reads it, the velocity is the feature.
+    """
+    monkeypatch.setattr("speca.core.corrector.TRUST", 1e6)
+    steps = 12
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+
+    class Block(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            return hidden_states * 0 + (1 + time - 2 * time**2)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Block() for _ in range(3)])
+
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            h, time = hidden_states, (timestep / 1000).view(-1, 1, 1)
+            for block in self.blocks:
+                h = block(h, time)
+            return h * 1.0
+
+    def loop(model: torch.nn.Module) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 24).view(2, 3, 4)
+        scheduler.set_timesteps(steps)
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t.expand(2)), t, x, return_dict=False)[0]
+        return x
+
+    model = Model().eval()
+    plain = loop(model)
+    settings = dict(scheduler=scheduler, controller="schedule", schedule=(0, 1, 4, 8, 11), warmup=2, final=0)
+    gaps = []
+    for corrector in (False, True):
+        speca.enable(model, **settings, axis="noise", corrector=corrector)
+        gaps.append((loop(model) - plain).abs().max().item())
+    assert gaps[0] > 1e-2
+    assert gaps[1] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_other_samplers_are_verified_instead_and_the_report_says_so(name: str) -> None:
+    case = tiny.dit()
+    case.pipe.scheduler = getattr(diffusers, name).from_config(case.pipe.scheduler.config)
+    speca.enable(case.pipe)
+    case(SEEDS)
+    report = speca.report(case.pipe)
+    assert any("not linear" in note and name in note for note in report.notes)
+    assert any(e is not None for s in report.samples for e in s.errors), "drafts must have been verified"
+
+
+def test_a_bare_model_without_scheduler_is_verified_instead() -> None:
+    case = tiny.dit()
+    model = case.transformer
+    speca.enable(model, num_inference_steps=10)
+    for t in reversed(range(10)):
+        model(torch.ones(1, 4, 4, 4), timestep=torch.tensor([t * 100]), class_labels=torch.tensor([1]))
+    report = speca.report(model)
+    assert any("the scheduler is not known" in note for note in report.notes)
+    assert any(e is not None for s in report.samples for e in s.errors)
+
+
+def test_the_sampler_is_tried_once_a_run(case: tiny.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    original = sampler.transitions
+    monkeypatch.setattr("speca.course.transitions", lambda s: (tried.append(s), original(s))[1])
+    speca.enable(case.pipe, tolerance=1.0)
+    case(SEEDS)
+    case(SEEDS, steps=10)
+    assert len(tried) == 2
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    pipe = tiny.dit().pipe
+    with pytest.raises(speca.ConfigError, match="budget of controller 'planned'"):
+        speca.enable(pipe, "paper", speedup=4)
+    with pytest.raises(speca.ConfigError, match="belongs to controller 'planned'"):
+        speca.enable(pipe, "paper", tolerance=0.1)
+    with pytest.raises(speca.ConfigError, match="slow-down"):
+        speca.enable(pipe, speedup=0.5)
+    with pytest.raises(speca.ConfigError, match="whole numbers"):
+        speca.enable(pipe, controller="schedule", schedule=(0, -1))
