@@ -2,8 +2,9 @@
 
     python recipes/ablation.py fashion-dit --samples 32
 
-PSNR of each sample to its own full run (median, 5th percentile, worst), full steps and FLOPs; no times. Rows differ
-in one part each: the corrector, the planning, the last step, the order and the axis; the paper's rule and a plain period beside.
+PSNR of each sample to its own full run (median, 5th percentile, worst), full steps and FLOPs; no times. Rows
+differ in one part each: the corrector, the planning, the last step, the order, the axis; the paper's rule and plain
+periods stand beside.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.table import Table
 
 import speca
 from speca.compare import psnr, quantile
-from speca.measure import generate
+from speca.measure import generate, joined, run_once, split
 from speca.zoo import call_arguments, resolve
 
 PROMPTS = ("a red apple", "a smiling face", "a small house", "a blue car", "a cat", "a tree", "a star", "a boat")
@@ -71,7 +72,7 @@ def main(
         call["class_labels"] = [s % len(pipe.labels) for s in seeds]
     else:
         call["prompt"] = [PROMPTS[s % len(PROMPTS)] for s in seeds]
-    full = generate(pipe, call, seeds, None, batch=batch).images
+    full = joined([run_once(pipe, *part, None) for part in split(call, seeds, batch)]).images
     rows = []
     for name, settings in track(SETTINGS.items(), description="settings"):
         made = generate(pipe, call, seeds, speca.SpecaConfig.build(**_base(settings)), batch=batch)

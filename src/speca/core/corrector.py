@@ -74,8 +74,8 @@ class Corrector:
     """What rows have drafted since their last full step, and the outputs of their last full steps.
 
     A full step is computed where the drafts have led to, not where the sample is moved to, so its output as an anchor
-    is off by about `pull * d`. On the straight path `y = x / n` of a flow the velocity hardly depends on small changes of
-    the sample (measured, docs/LOG.md); any other path has it so with `pull = (n'/n - a) / b`, which is zero for a flow.
+    is off by about `pull * d`. On the straight path `y = x / n` of a flow the velocity hardly depends on small changes
+    of the sample (measured, docs/LOG.md); any other path has it so with `pull = (n'/n - a) / b`, zero for a flow.
     With it the move is that of the implicit corrector, `d = (sum_q omega_q V_q - drift) / (1 - omega_0 pull)`, and
     anchors are taken to where they belong; drafts, whose features are what they were, get the difference added.
 
