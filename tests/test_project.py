@@ -22,7 +22,7 @@ GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").
 
 LAYERS = (
     "errors", "config", "core", "model", "speculator", "report", "course", "run", "hook", "pipeline", "check", "zoo",
-    "", "grid", "distance", "measure", "compare", "cli_request", "cli_output", "cli",
+    "", "grid", "distance", "measure", "compare", "bench", "cli_request", "cli_output", "cli_bench", "cli",
 )  # fmt: skip
 """Lowest first; a file imports from its own layer and from those before it. "" is `speca` itself, the public names."""
 

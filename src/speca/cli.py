@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
+from .cli_bench import bench
+
 app = typer.Typer(
     help="Speculative caching for diffusion transformers: forecast steps, verify them, recompute what fails.",
     no_args_is_help=True,
@@ -188,6 +190,9 @@ def models(as_json: Json = False) -> None:
         typer.echo(output.to_json([card.to_dict() for card in cards]))
     else:
         output.show_models(cards)
+
+
+app.command()(_one_sentence(bench))
 
 
 def _command() -> str:
