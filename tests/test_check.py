@@ -39,8 +39,8 @@ def test_check_tells_what_was_discovered(name: str) -> None:
 
 
 def test_memory_per_sample_is_that_of_a_run(case: tiny.Case) -> None:
-    found = speca.check(case.pipe, lambda: case([1], steps=8), "fast", order=2)
-    speca.enable(case.pipe, "fast", order=2)
+    found = speca.check(case.pipe, lambda: case([1], steps=8), "fast", order=2, warmup=3)
+    speca.enable(case.pipe, "fast", order=2, warmup=3)
     case([3, 4, 5])
     assert found.bytes_per_sample == speca.report(case.pipe).bytes_per_sample
 

@@ -163,7 +163,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "bad flag": ((*LABELLED, "--set", "verify=maybe"), "verify='maybe' must be of type bool"),
     "bad choice": ((*LABELLED, "--set", "forecaster=tailor"), "did you mean 'taylor'?"),
     "out of range": ((*LABELLED, "--set", "threshold=-1"), "threshold=-1.0 is out of range; use a value from 0"),
-    "order without warm-up": ((*LABELLED, "--set", "order=4"), "set warmup=5 or order=2"),
+    "order without warm-up": ((*LABELLED, "--set", "order=4"), "set warmup=5 or order=1"),
     "too few steps": ((*LABELLED, "--steps", "3"), "--steps 3 leaves nothing to forecast; use 4 steps or more"),
     "too many steps": ((*LABELLED, "--steps", "1001"), "--steps 1001 is more than"),
     "no images": ((*LABELLED, "--n", "0"), "--n 0 is out of range; use 1 or more"),

@@ -24,6 +24,7 @@ def bench(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from . import cli_request as request
+    from .bench.methods import chosen
     from .bench.report import write
     from .bench.suites import Bench
     from .bench.suites import suite as suite_called
@@ -31,7 +32,7 @@ def bench(
     request.at_least(1, threads=threads)
     plan, names = suite_called(suite), [name.strip() for name in methods.split(",") if name.strip()]
     pipe = request.load(model, dtype, device, threads)
-    work = Bench(pipe, model, plan, out, names)
+    work = Bench(pipe, model, plan, out, chosen(names, plan.steps))
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import PRESETS, SpecaConfig
-from ..core.controller import Controller, Plan, Trajectory
 from ..errors import InputError, nearest
-from ..pipeline import Session, enabled, transformers_of
-from ..run import ATTRIBUTE
+from ..pipeline import Session, enabled
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -73,16 +73,30 @@ def solver(name: str) -> Apply:
         import diffusers
 
         own = pipe.scheduler
-        extra = {} if not _is_flow(own) else dict(use_flow_sigmas=True, prediction_type="flow_prediction")
-        if extra:
-            extra["flow_shift"] = own.config.shift
-        pipe.scheduler = getattr(diffusers, name).from_config(own.config, **extra)
+        cls: Any = getattr(diffusers, name)
+        extra: dict[str, Any] = {}
+        if _is_flow(own):
+            extra = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=own.config.shift)
+            if not own.config.get("use_dynamic_shifting"):
+                cls = _without_mu(cls)
+        pipe.scheduler = cls.from_config(own.config, **extra)
         try:
             yield Setup(pipe, {**call, "num_inference_steps": steps})
         finally:
             pipe.scheduler = own
 
     return apply
+
+
+def _without_mu(cls: Any) -> Any:
+    """The scheduler class, deaf to the shift `mu` of the image size, which pipelines hand over to any scheduler."""
+
+    class Deaf(cls):
+        @functools.wraps(cls.set_timesteps)  # pipelines look at its signature
+        def set_timesteps(self, *args: Any, mu: float | None = None, **kwargs: Any) -> None:
+            super().set_timesteps(*args, **kwargs)
+
+    return type(cls.__name__, (Deaf,), {})
 
 
 @contextmanager
@@ -93,9 +107,10 @@ def adams_bashforth(pipe: Any, call: Call, steps: int) -> Iterator[Setup]:
         raise InputError(f"Adams-Bashforth integrates a velocity, and {type(own).__name__} belongs to no flow.")
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    class AdamsBashforth(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    class AdamsBashforth(FlowMatchEulerDiscreteScheduler):
         past: Any = None  # (velocity, step size) of the step before
 
+        @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)  # pipelines look at its signature
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
             self.past = None
             super().set_timesteps(*args, **kwargs)
@@ -122,7 +137,11 @@ def _is_flow(scheduler: Any) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ speca's engine
-def speca_with(knob: str, base: str | SpecaConfig = "balanced", **fixed: Any) -> Apply:
+VERIFYING = SpecaConfig(threshold_decay=1.0, min_draft=1, max_draft=8)
+"""The paper's rule with order-1 drafts, which beat its own settings on the bundled models (docs/LOG.md)."""
+
+
+def speca_with(knob: str, base: str | SpecaConfig = VERIFYING, **fixed: Any) -> Apply:
     """`speca` with the field `knob` set to the value; knob "preset" takes the name of one."""
 
     @contextmanager
@@ -134,31 +153,21 @@ def speca_with(knob: str, base: str | SpecaConfig = "balanced", **fixed: Any) ->
     return apply
 
 
-class ScheduleController(Controller):
-    """Full at given steps and wherever too few anchors are kept, drafts never verified."""
+def scheduled(corrector: bool) -> Apply:
+    """Full at the steps of a schedule, order-1 forecasts between, with or without the corrector."""
 
-    def __init__(self, config: SpecaConfig, schedule: frozenset[int]) -> None:
-        super().__init__(config)
-        self.schedule = schedule
+    @contextmanager
+    def apply(pipe: Any, call: Call, schedule: frozenset[int]) -> Iterator[Setup]:
+        settings = dict(controller="schedule", schedule=tuple(sorted(schedule)), warmup=2, final=0, corrector=corrector)
+        with enabled(pipe, VERIFYING, **settings) as session:
+            yield Setup(pipe, call, session)
 
-    def plan(self, trajectory: Trajectory) -> Plan:
-        due = trajectory.step in self.schedule or trajectory.fulls < self.config.anchors
-        return Plan.FULL if due else Plan.UNCHECKED
-
-
-@contextmanager
-def scheduled(pipe: Any, call: Call, schedule: frozenset[int]) -> Iterator[Setup]:
-    """Full at the steps of `schedule`, order-1 forecasts between."""
-    config = SpecaConfig.build("balanced", controller="interval", warmup=2, final=0)
-    with enabled(pipe, config) as session:
-        for model in transformers_of(pipe):
-            model.__dict__[ATTRIBUTE].speculator.controller = ScheduleController(config, schedule)
-        yield Setup(pipe, call, session)
+    return apply
 
 
 def uniform_schedule(steps: int, full: int) -> frozenset[int]:
-    """`full` steps of 0..steps-1 spread evenly, the first two among them."""
-    return frozenset({0, 1} | {1 + round((steps - 2) * (k + 1) / (full - 1)) for k in range(full - 2)})
+    """`full` steps, 3 or more, of 0..steps-1 spread evenly, the first two and the last among them."""
+    return frozenset({0, 1} | {1 + round((steps - 2) * (k + 1) / (full - 2)) for k in range(full - 2)})
 
 
 def random_schedule(steps: int, full: int, seed: int) -> frozenset[int]:
@@ -169,7 +178,7 @@ def random_schedule(steps: int, full: int, seed: int) -> frozenset[int]:
 @contextmanager
 def random_steps(pipe: Any, call: Call, full: int) -> Iterator[Setup]:
     """A random schedule; its seed is the number of full steps, so that it can be drawn again."""
-    with scheduled(pipe, call, random_schedule(call["num_inference_steps"], full, seed=full)) as setup:
+    with scheduled(False)(pipe, call, random_schedule(call["num_inference_steps"], full, seed=full)) as setup:
         yield setup
 
 
@@ -233,6 +242,7 @@ def cache_dit(order: int) -> Apply:
             Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=threshold, max_warmup_steps=3
         )
         calibrator = library.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+        logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)  # a dozen lines for each setting
         library.enable_cache(own, cache_config=config, calibrator_config=calibrator)
         try:
             yield Setup(own, call)
@@ -246,6 +256,8 @@ def cache_dit(order: int) -> Apply:
 STEPS = (25, 16, 12, 10, 8, 7, 6)
 INTERVALS = (1, 2, 3, 4, 5, 7, 9)  # drafts between full steps
 FULL_STEPS = (26, 17, 11, 8, 7)
+RESIDUALS = (0.05, 0.1, 0.2, 0.4, 0.8)  # of the rivals' first-block gates
+TOLERANCES = (0.0005, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 TAUS = (0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
 
 
@@ -268,7 +280,10 @@ def methods(steps: int = 50) -> dict[str, Method]:
             Method(f"taylor-{k}", "max_draft", INTERVALS, _interval(forecaster="taylor", order=k, warmup=k + 1))
             for k in (1, 2, 3)
         ),
-        Method("speca", "threshold", TAUS, speca_with("threshold", threshold_decay=1.0, min_draft=1, max_draft=8)),
+        Method("speca", "tolerance", TOLERANCES, speca_with("tolerance", "balanced")),
+        Method("speca-budget", "speedup", (2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0), speca_with("speedup", "balanced")),
+        Method("speca-uncorrected", "tolerance", TOLERANCES, speca_with("tolerance", "balanced", corrector=False)),
+        Method("speca-verified", "threshold", TAUS, speca_with("threshold")),
         Method("speca-paper", "threshold", (0.05, 0.1, 0.3, 0.6, 2.0), speca_with("threshold", "paper")),
         Method(
             "speca-released", "threshold", (0.1, 0.3, 1.0, 3.0, 1e6),
@@ -276,12 +291,13 @@ def methods(steps: int = 50) -> dict[str, Method]:
         ),
         Method("presets", "preset", tuple(PRESETS), speca_with("preset")),
         Method("random-schedule", "full steps", full, random_steps),
-        Method("searched-schedule", "full steps", full, scheduled, searched=True),
-        Method("first-block-cache", "threshold", (0.05, 0.1, 0.2, 0.4, 0.8), diffusers_cache(_first_block), "diffusers"),
+        Method("searched-schedule", "full steps", full, scheduled(False), searched=True),
+        Method("searched-corrected", "full steps", full, scheduled(True), searched=True),
+        Method("first-block-cache", "threshold", RESIDUALS, diffusers_cache(_first_block), "diffusers"),
         Method("taylorseer-cache", "interval", (2, 3, 5, 7, 9), diffusers_cache(_taylorseer), "diffusers"),
         Method("attention-broadcast", "skip range", (2, 4, 8), diffusers_cache(_broadcast), "diffusers"),
-        Method("cache-dit", "threshold", (0.05, 0.1, 0.2, 0.4, 0.8), cache_dit(0), "cache-dit"),
-        Method("cache-dit-taylor", "threshold", (0.05, 0.1, 0.2, 0.4, 0.8), cache_dit(1), "cache-dit"),
+        Method("cache-dit", "threshold", RESIDUALS, cache_dit(0), "cache-dit"),
+        Method("cache-dit-taylor", "threshold", RESIDUALS, cache_dit(1), "cache-dit"),
     ]  # fmt: skip
     return {method.name: method for method in field_of}
 

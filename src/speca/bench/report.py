@@ -90,15 +90,18 @@ def markdown(rows: Rows) -> str:
                 lines += ["", f"## {speed:g}x fewer {words}", "", *table(rows, speed, axis)]
     lines += ["", "## Every setting", "", *settings_table(rows)]
     if reasons:
-        lines += ["", "## What could not run", "", "| method | setting | why |", "| --- | --- | --- |"]
-        lines += [f"| {r['method']} | {r['knob']} {r['value']} | {r['reason'].replace('|', '/')} |" for r in reasons]
+        lines += ["", "## What could not run", "", "| method | settings | why |", "| --- | --- | --- |"]
+        settings: dict[tuple[str, str], list[str]] = {}
+        for row in reasons:
+            settings.setdefault((row["method"], row["reason"].replace("|", "/")), []).append(str(row["value"]))
+        lines += [f"| {method} | {', '.join(values)} | {why} |" for (method, why), values in settings.items()]
     return "\n".join(lines) + "\n"
 
 
 def settings_table(rows: Rows) -> list[str]:
     """Markdown: realised cost and quality of each setting."""
     lines = [
-        "| method | setting | FLOPs | seconds | full steps, least to most | PSNR median | P5 | worst | SSIM | rel. L2 |",
+        "| method | setting | FLOPs | seconds | full steps, from to | PSNR median | P5 | worst | SSIM | rel. L2 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in measured(rows):

@@ -41,7 +41,7 @@ class Suite:
 
 
 SUITES = {
-    "quick": Suite(samples=16, timed=4, rounds=1, tuning=4, tries=6),
+    "quick": Suite(samples=12, timed=2, rounds=1, tuning=4, tries=4),
     "full": Suite(samples=128, timed=8, rounds=7, tuning=16, tries=60, batch=32),
 }
 
@@ -75,10 +75,17 @@ class Bench:
     """
 
     def __init__(
-        self, pipe: Any, model: str, plan: Suite, out: Path, names: Sequence[str] = (), make: Arguments = arguments
+        self,
+        pipe: Any,
+        model: str,
+        plan: Suite,
+        out: Path,
+        field: Sequence[Method] = (),
+        make: Arguments = arguments,
     ) -> None:
+        """`field` holds the methods, none to measure against first; without it, all that there are."""
         self.pipe, self.plan, self.make = pipe, plan, make
-        self.field = chosen(list(names), plan.steps)
+        self.field = list(field) or chosen([], plan.steps)
         self.file = out / "results.jsonl"
         self.seeds = list(range(plan.samples))
         self.tuning = list(range(TUNING_SEED, TUNING_SEED + plan.tuning))
@@ -124,7 +131,8 @@ class Bench:
                 row["schedule"] = sorted(given)
             made, flops = run_counted(method, self.pipe, call, given, self.seeds, self.plan.batch)
         except Exception as error:  # rivals raise whatever they like; the row says what
-            self._write({**row, "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"})
+            words = (str(error).strip().splitlines() or ["no message"])[0]
+            self._write({**row, "reason": f"{type(error).__name__}: {words[:300]}"})
             return
         row |= {"flops": flops, "flops_full": flops_full, "flops_speedup": flops_full / flops}
         row["full_steps"] = full_steps(made, self.plan.steps, flops, flops_full)
@@ -169,10 +177,11 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Installed versions of everything that is compared."""
-    found = {}
-    for name in ("speca-diffusers", "torch", "diffusers", "cache-dit", "torchmetrics"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {name: _version(name) for name in ("speca-diffusers", "torch", "diffusers", "cache-dit", "torchmetrics")}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
