@@ -322,3 +322,28 @@ def test_help_is_quick_and_complete() -> None:
 )
 def test_sizes_have_units(count: int, text: str) -> None:
     assert cli_output.size(count) == text
+
+
+def test_calibrate_and_generate_with_what_it_found(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    asked = ("--samples", "4", "--confidence", "0.8", "--target", "20", "--steps", "16", "--threads", "1")
+    result = run("calibrate", "fashion-dit", *asked, "--out", str(file))
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text())
+    assert found["model"] == "DiTTransformer2DModel" and len(found["trials"]) > 2
+    shown = run(
+        "generate", "fashion-dit", "--label", "bag", "--steps", "8", "--calibration", str(file),
+        "--out", str(tmp_path / "out"), "--json",
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["config"]["tolerance"] == found["tolerance"]
+
+
+def test_schedule_from_the_command_line(tmp_path: Path) -> None:
+    settings = ("--set", "controller=schedule", "--set", "schedule=0,1,4", "--set", "warmup=2", "--set", "final=0")
+    shown = run(
+        "generate", "fashion-dit", "--label", "bag", "--steps", "8", *settings, "--out", str(tmp_path), "--json"
+    )
+    assert shown.exit_code == 0, shown.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["samples"][0]["decisions"] == "FFAAFAAA"

@@ -21,8 +21,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 LAYERS = (
-    "errors", "config", "core", "model", "speculator", "report", "course", "run", "hook", "pipeline", "check", "zoo",
-    "", "grid", "distance", "measure", "compare", "bench", "cli_request", "cli_output", "cli_bench", "cli",
+    "errors", "config", "calibration", "core", "model", "speculator", "report", "course", "run", "hook", "pipeline",
+    "check", "zoo", "grid", "measure", "compare", "calibrating", "", "distance", "bench", "cli_request", "cli_output",
+    "cli_bench", "cli_calibrate", "cli",
 )  # fmt: skip
 """Lowest first; a file imports from its own layer and from those before it. "" is `speca` itself, the public names."""
 

@@ -6,17 +6,24 @@ images = pipe(...).images
 print(speca.report(pipe))
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import zoo
+from .calibration import Calibration
 from .check import CheckReport, check
 from .config import PRESETS, SpecaConfig
 from .errors import ConfigError, InputError, NotEnabledError, SpecaError, UnsupportedModelError
 from .pipeline import disable, enable, enabled, report
 from .report import Report, SampleReport
 
+if TYPE_CHECKING:
+    from .calibrating import calibrate
+
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Calibration",
     "CheckReport",
     "ConfigError",
     "InputError",
@@ -26,6 +33,7 @@ __all__ = [
     "SpecaConfig",
     "SpecaError",
     "UnsupportedModelError",
+    "calibrate",
     "check",
     "disable",
     "enable",
@@ -33,3 +41,12 @@ __all__ = [
     "report",
     "zoo",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`calibrate` brings what makes and compares pictures with it, so it is loaded when it is asked for."""
+    if name == "calibrate":
+        from .calibrating import calibrate
+
+        return calibrate
+    raise AttributeError(f"module 'speca' has no attribute {name!r}")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from .cli_bench import bench
+from .cli_calibrate import calibrate
 
 app = typer.Typer(
     help="Speculative caching for diffusion transformers: forecast steps, verify them, recompute what fails.",
@@ -46,6 +47,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the preset, e.g. threshold=0.2. Repeat."),
 ]
+Calibrated = Annotated[Path | None, typer.Option(help="JSON file of speca calibrate, which gives the tolerance.")]
 Compare = Annotated[bool, typer.Option("--compare", help="Also make the images without acceleration, and compare.")]
 Repeats = Annotated[int, typer.Option(help="Timed passes of --compare, 1 or more; times are medians.")]
 Batch = Annotated[int, typer.Option(help="Most images in one call of the pipeline, 1 or more.")]
@@ -109,6 +111,7 @@ def generate(
     guidance: Guidance = None,
     preset: Preset = "balanced",
     settings: Settings = None,
+    calibration: Calibrated = None,
     compare: Compare = False,
     repeats: Repeats = 1,
     batch: Batch = 16,
@@ -123,7 +126,7 @@ def generate(
     from . import cli_request as request
 
     asked = request.Request(model, label or [], prompt or [], n, steps, seed, guidance)
-    config = request.configuration(preset, settings or [])
+    config = request.configuration(preset, settings or [], calibration)
     request.at_least(1, repeats=repeats, batch=batch, threads=threads)
     with output.folder(out) as place:
         pipe = request.load(model, dtype, device, threads)
@@ -193,6 +196,7 @@ def models(as_json: Json = False) -> None:
 
 
 app.command()(_one_sentence(bench))
+app.command()(_one_sentence(calibrate))
 
 
 def _command() -> str:

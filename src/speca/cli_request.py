@@ -8,9 +8,11 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import zoo
+from .calibration import Calibration
 from .config import MIN_STEPS, SpecaConfig
 from .errors import ConfigError, InputError, SpecaError, nearest
 
@@ -133,10 +135,15 @@ def _closest(label: str, names: dict[str, int], valid: set[int]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ settings
-def configuration(preset: str, settings: Sequence[str]) -> SpecaConfig:
-    """The preset with `key=value` settings replaced; ConfigError names the nearest preset or key, or the range."""
+def configuration(preset: str, settings: Sequence[str], calibration: Path | None = None) -> SpecaConfig:
+    """The preset with the tolerance of a calibration, and `key=value` settings replaced.
+
+    ConfigError names the nearest preset or key, or the range, or what is wrong with the file of the calibration.
+    """
     hints = typing.get_type_hints(SpecaConfig)
-    overrides = {}
+    overrides: dict[str, Any] = {}
+    if calibration is not None:
+        overrides["tolerance"] = Calibration.load(calibration).tolerance
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -147,6 +154,9 @@ def configuration(preset: str, settings: Sequence[str]) -> SpecaConfig:
 
 def _parsed(text: str, hint: Any) -> Any:
     """`text` as the type `hint`, or unchanged where it is not one: `SpecaConfig` then says what it should be."""
+    if typing.get_origin(hint) is tuple:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return tuple(int(part) for part in parts) if all(part.isdecimal() for part in parts) else text
     if hint is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     if hint in (int, float):

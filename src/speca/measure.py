@@ -85,6 +85,24 @@ def steps_of(pipe: DiffusionPipeline, call_kwargs: dict[str, Any]) -> int:
     return int(call_kwargs.get("num_inference_steps", default))
 
 
+PROMPTS = ("a red apple", "a smiling face", "a small house", "a blue car", "a cat", "a tree", "a star", "a boat")
+
+
+def example_call(pipe: Any, seeds: Sequence[int]) -> dict[str, Any]:
+    """Arguments with one class or prompt a seed, in turn: the same for a seed in every run.
+
+    Raises InputError if the pipeline takes neither.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    if "class_labels" in accepted:
+        named = sorted(set(getattr(pipe, "labels", {}).values()))
+        classes = named or list(range(pipe.transformer.config.num_embeds_ada_norm))
+        return {"class_labels": [classes[seed % len(classes)] for seed in seeds]}
+    if "prompt" in accepted:
+        return {"prompt": [PROMPTS[seed % len(PROMPTS)] for seed in seeds]}
+    raise InputError(f"{type(pipe).__name__} takes neither class_labels nor prompt; say what it is to be called with.")
+
+
 def run_once(pipe: DiffusionPipeline, call: dict[str, Any], seeds: list[int], session: Session | None) -> Run:
     """One timed call of the pipeline, with the report of `session` if it is accelerated."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .calibration import Calibration
 from .config import MIN_STEPS, SpecaConfig
 from .errors import ConfigError, NotEnabledError, UnsupportedModelError
 from .model.companions import demand_alone, plain_copy
@@ -24,12 +26,16 @@ def enable(
     *,
     scheduler: Any = None,
     num_inference_steps: int | None = None,
+    calibration: Calibration | str | Path | None = None,
     **overrides: Any,
 ) -> Any:
     """Accelerate a diffusers pipeline, or a bare transformer, in place.
 
         speca.enable(pipe)                                   # preset "balanced"
         speca.enable(pipe, "fast", max_draft=10)             # a preset with one number changed
+        speca.enable(pipe, tolerance=0.005)                  # the error that drafts may add up to
+        speca.enable(pipe, speedup=4)                        # no sample takes more than a quarter of its steps in full
+        speca.enable(pipe, calibration="flux-35.json")       # what speca.calibrate found for a quality
         speca.enable(transformer, scheduler=scheduler, num_inference_steps=50)   # one's own sampling loop
 
     Enabling again replaces the settings. The object itself is returned.
@@ -39,15 +45,19 @@ def enable(
         preset: "faithful", "balanced", "fast" or "paper", or a `SpecaConfig`.
         scheduler: for a bare transformer, the scheduler whose timesteps it is given.
         num_inference_steps: for a bare transformer without scheduler, the number of steps, at least 4.
+        calibration: what `speca.calibrate` found, or its file; it gives the tolerance.
         **overrides: any field of `SpecaConfig`.
 
     Raises:
-        ConfigError: an unknown preset or setting, a value out of range, a cache of diffusers that is enabled, or block
-            lists that another accelerated model shares.
+        ConfigError: an unknown preset or setting, a value out of range, a calibration of another model or scheduler, a
+            cache of diffusers that is enabled, or block lists that another accelerated model shares.
         UnsupportedModelError: no diffusion transformer here, for instance a UNet.
     """
-    config = SpecaConfig.build(preset, **overrides)
     models = transformers_of(target)
+    if calibration is not None:
+        used = scheduler if scheduler is not None else getattr(target, "scheduler", None)
+        overrides = {"tolerance": _calibrated(calibration, models[0], used), **overrides}
+    config = SpecaConfig.build(preset, **overrides)
     if isinstance(target, nn.Module) and scheduler is None and num_inference_steps is None:
         raise ConfigError(
             "a bare transformer does not know where a step stands; pass scheduler= (the one you step) "
@@ -70,6 +80,13 @@ def enable(
         disable(target)
         raise
     return target
+
+
+def _calibrated(calibration: Calibration | str | Path, model: nn.Module, scheduler: Any) -> float:
+    """The tolerance that was found for this model and scheduler."""
+    found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+    found.demand_fit(type(model).__name__, None if scheduler is None else type(scheduler).__name__)
+    return found.tolerance
 
 
 def disable(target: Any) -> Any:

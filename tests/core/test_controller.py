@@ -116,7 +116,7 @@ def test_planned_period_is_the_one_that_meets_the_tolerance() -> None:
     """The error of a period n is 1e-4 n^3, so tolerance 0.0125 is met by n = 5, and the safety factor asks for 4.8."""
     rule = controller(config(**PLANNED, tolerance=0.0125))
     decisions = play_planned(rule, [1e-4] * 50)
-    assert decisions == "FFAA" + "FAAAA" * 9 + "F"
+    assert decisions == "FFA" + "FAAA" + "FAAAA" * 8 + "FAA"
 
 
 def test_planned_period_follows_the_error_of_the_moment() -> None:

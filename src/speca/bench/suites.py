@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, nearest
-from ..measure import Run, hardware
+from ..measure import Run, example_call, hardware
 from .measure import full_steps, quality, run, run_counted, search
 from .methods import Method, chosen
 
 Progress = Callable[[int, int, str], None]
 """Called with (settings done, settings in all, what comes next)."""
 
-PROMPTS = ("a red apple", "a smiling face", "a small house", "a blue car", "a cat", "a tree", "a star", "a boat")
 TUNING_SEED = 500_000  # tuning seeds count up from here, reporting seeds from 0
 
 
@@ -55,14 +53,7 @@ def suite(name: str) -> Suite:
 
 def arguments(pipe: Any, seeds: Sequence[int], steps: int) -> dict[str, Any]:
     """Arguments of a call with one class or prompt a seed, the same for the same seed in every run."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    call: dict[str, Any] = {"num_inference_steps": steps}
-    if "class_labels" in accepted:
-        classes = sorted(set(pipe.labels.values())) or list(range(pipe.transformer.config.num_embeds_ada_norm))
-        return {**call, "class_labels": [classes[seed % len(classes)] for seed in seeds]}
-    if "prompt" in accepted:
-        return {**call, "prompt": [PROMPTS[seed % len(PROMPTS)] for seed in seeds]}
-    raise InputError(f"{type(pipe).__name__} takes neither class_labels nor prompt, so the bench cannot call it.")
+    return {**example_call(pipe, seeds), "num_inference_steps": steps}
 
 
 Arguments = Callable[[Any, Sequence[int], int], dict[str, Any]]

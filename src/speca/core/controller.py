@@ -53,7 +53,7 @@ class Trajectory:
     total: int = 1
     fulls: int = 0
     streak: int = 0
-    planned: float = 3.0
+    planned: float = 2.0  # a short first draft: nothing is known of its error yet
     linear: bool = False
     period: int = 1
     error: float | None = None

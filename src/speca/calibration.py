@@ -1,0 +1,98 @@
+"""What `speca.calibrate` found for one model and sampler: a small JSON file that `speca.enable` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One tolerance on the tuning seeds: realised FLOPs speed-up, and PSNR in dB to the own full run."""
+
+    tolerance: float
+    speedup: float
+    median: float
+    p5: float
+    bound: float  # what a fresh sample reaches with the wanted confidence, see `calibrate`
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The loosest tolerance that met a target, what it gives, and what it was found on.
+
+    Attributes:
+        model, scheduler: classes of the transformer and the scheduler; `enable` refuses others.
+        steps: denoising steps.
+        target_psnr, confidence: what was asked: at least so many dB for this share of fresh samples.
+        tolerance: what was found; `SpecaConfig.tolerance`.
+        speedup: FLOPs of the full run over FLOPs spent, self-test included, on fresh seeds.
+        fresh_median, fresh_p5: PSNR in dB on fresh seeds.
+        fresh_met: share of fresh samples that met the target; fresh_low, fresh_high: its 95 % interval (Wilson).
+        tuning_seeds, fresh_seeds: first seed and number.
+        trials: every tolerance that was tried.
+    """
+
+    model: str
+    scheduler: str
+    steps: int
+    target_psnr: float
+    confidence: float
+    tolerance: float
+    speedup: float
+    fresh_median: float
+    fresh_p5: float
+    fresh_met: float
+    fresh_low: float
+    fresh_high: float
+    tuning_seeds: tuple[int, int]
+    fresh_seeds: tuple[int, int]
+    trials: tuple[Trial, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the version of the format."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON that `load` and `speca.enable(pipe, calibration=path)` read."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read a file of `save`.
+
+        Raises:
+            ConfigError: there is no such file, or it is none of ours.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if values.pop("format") != FORMAT:
+                raise ConfigError(f"{path} was written by another version of speca; calibrate again.")
+            values["trials"] = tuple(Trial(**trial) for trial in values["trials"])
+            values |= {name: tuple(values[name]) for name in ("tuning_seeds", "fresh_seeds")}
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is no calibration ({error}); make one with speca calibrate.") from error
+
+    def demand_fit(self, model: str, scheduler: str | None) -> None:
+        """Raise `ConfigError` unless it was made for this class of transformer and of scheduler (None: not known)."""
+        if model != self.model or scheduler not in (None, self.scheduler):
+            raise ConfigError(
+                f"the calibration was made for {self.model} with {self.scheduler}, and this is {model} with "
+                f"{scheduler}; calibrate again."
+            )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, {self.scheduler}, {self.steps} steps: tolerance {self.tolerance:.4g}, {self.speedup:.2f}x "
+            f"fewer FLOPs; on {self.fresh_seeds[1]} fresh seeds {self.fresh_median:.1f} dB at the median, "
+            f"{self.fresh_p5:.1f} dB at the 5th percentile, {self.fresh_met:.0%} at {self.target_psnr:g} dB or more "
+            f"(95 % interval {self.fresh_low:.0%} to {self.fresh_high:.0%})"
+        )

@@ -1,0 +1,90 @@
+"""calibrate: what it promises about fresh samples, what it refuses, and the file that enable takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+
+import speca
+import tiny
+from speca import calibrating
+from speca.calibration import Trial
+
+
+def call(case: tiny.Case, count: int) -> dict[str, Any]:
+    arguments = {**case.arguments, **case.conditions(list(range(2 * count))), "num_inference_steps": 16}
+    return {name: value for name, value in arguments.items() if name != "output_type"}
+
+
+def test_target_is_met_and_the_file_sets_the_tolerance(tmp_path: Path) -> None:
+    case, told = tiny.flux(), []
+    found = speca.calibrate(case.pipe, call(case, 10), target_psnr=30, samples=10, confidence=0.8, progress=told.append)
+    passed = [t for t in found.trials if t.bound >= 30]
+    assert found.tolerance == max(t.tolerance for t in passed)
+    assert found.fresh_low <= found.fresh_met <= found.fresh_high
+    assert found.steps == 16 and found.model == "FluxTransformer2DModel"
+    assert told[0] == "full run on tuning seeds" and len(told) == len(found.trials) + 3
+    assert "30 dB or more" in str(found)
+    file = tmp_path / "found.json"
+    found.save(file)
+    assert speca.Calibration.load(file) == found
+    speca.enable(case.pipe, calibration=file)
+    case([1])
+    assert speca.report(case.pipe).config["tolerance"] == found.tolerance
+    speca.enable(case.pipe, calibration=found, tolerance=0.5)
+    case([1])
+    assert speca.report(case.pipe).config["tolerance"] == 0.5
+
+
+def test_a_calibration_of_something_else_is_refused(tmp_path: Path) -> None:
+    made = speca.Calibration(
+        "FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler", 50, 35.0, 0.9, 0.01, 4.0, 40.0, 36.0, 1.0, 0.9,
+        1.0, (0, 1), (1, 1), (Trial(0.01, 4.0, 40.0, 36.0, 35.5),),
+    )  # fmt: skip
+    with pytest.raises(speca.ConfigError, match="made for FluxTransformer2DModel"):
+        speca.enable(tiny.dit().pipe, calibration=made)
+    flux = tiny.flux().pipe
+    flux.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(speca.ConfigError, match="FlowMatchHeunDiscreteScheduler"):
+        speca.enable(flux, calibration=made)
+    with pytest.raises(speca.ConfigError, match="no calibration"):
+        speca.enable(flux, calibration=tmp_path / "none.json")
+    (tmp_path / "other.json").write_text('{"format": 99}')
+    with pytest.raises(speca.ConfigError, match="another version"):
+        speca.Calibration.load(tmp_path / "other.json")
+    (tmp_path / "torn.json").write_text("[1")
+    with pytest.raises(speca.ConfigError, match="no calibration"):
+        speca.Calibration.load(tmp_path / "torn.json")
+
+
+def test_what_cannot_be_met_is_said() -> None:
+    case = tiny.dit()
+    with pytest.raises(speca.InputError, match="ask for less"):
+        speca.calibrate(case.pipe, call(case, 4), target_psnr=400.0, samples=4, confidence=0.8)
+    with pytest.raises(speca.InputError, match="at least 9 samples"):
+        speca.calibrate(case.pipe, call(case, 4), samples=4)
+    with pytest.raises(speca.InputError, match="confidence between 0 and 1"):
+        speca.calibrate(case.pipe, call(case, 4), samples=4, confidence=1.0)
+    case.pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(case.pipe.scheduler.config)
+    with pytest.raises(speca.InputError, match=r"nothing to calibrate: .*UniPC"):
+        speca.calibrate(case.pipe, call(case, 4), target_psnr=20.0, samples=4, confidence=0.8)
+
+
+def test_search_goes_from_tight_to_loose_and_stops_at_the_first_failure() -> None:
+    def attempt(tolerance: float) -> Trial:
+        return Trial(tolerance, 1.0, 0.0, 0.0, bound=50.0 if tolerance < 0.003 else 20.0)
+
+    tried = [t.tolerance for t in calibrating._search(attempt, 35.0)]
+    assert tried == pytest.approx([0.0005, 0.001, 0.002, 0.004, 0.004 / 2**0.5])
+    everything = calibrating._search(lambda t: dataclasses.replace(attempt(t), bound=50.0), 35.0)
+    assert everything[-1].tolerance <= calibrating.LOOSEST < 2 * everything[-1].tolerance
+
+
+def test_wilson_interval_is_the_textbooks() -> None:
+    """Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263 gives 0.2553 to 0.3662; 0 of 20, 0 to 0.1611."""
+    assert calibrating.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert calibrating.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
