@@ -2,14 +2,16 @@
 
     python recipes/corrector_study.py --model fashion-dit
 
-1. How an output follows its sample. The sample is moved a little in the direction in which a draft would have been wrong, and
-   the change of the output in that direction is set beside `pull`, what the straight path says.
+1. How an output follows its sample. The sample is moved a little in the direction in which a draft would have been
+   wrong, and the change of the output in that direction is set beside `pull`, what the straight path says.
 2. How good a move is. At each full step of a fixed schedule the move is compared with the true error, the difference
    to the full run: their cosine, and the share of the move that would have been best (1: the move as it is).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -53,14 +55,8 @@ def main(
     for schedule in SCHEDULES:
         table = Table("step", "true error", "estimate", "cosine", "best share", title=f"full steps {schedule}")
         settings = dict(controller="schedule", schedule=schedule, warmup=2, final=0, corrector=True)
-        moves: list[tuple[Tensor, Tensor]] = []
-        original = core.Corrector.move
-        core.Corrector.move = lambda *a: moves.append(original(*a)) or moves[-1]  # type: ignore[method-assign]
-        try:
-            with speca.enabled(pipe, **settings):
-                fast = _Recorder(pipe, call, seeds)
-        finally:
-            core.Corrector.move = original  # type: ignore[method-assign]
+        with _moves() as moves, speca.enabled(pipe, **settings):
+            fast = _Recorder(pipe, call, seeds)
         for step, (move, size) in zip([s for s in schedule if s > 1], moves, strict=True):
             gap = (plain.samples[step] - fast.samples[step]).flatten(1)
             full = move.flatten(1) * (1 + (size / core.TRUST).square()).unsqueeze(1)
@@ -70,6 +66,22 @@ def main(
             rms = [x.norm(dim=1).median() / x.shape[1] ** 0.5 for x in (gap, full)]
             table.add_row(str(step), f"{rms[0]:.4f}", f"{rms[1]:.4f}", f"{cosine:.2f}", f"{best:.2f}")
         console.print(table)
+
+
+@contextmanager
+def _moves() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Every move made inside, with its estimated error."""
+    original, found = core.Corrector.move, []
+
+    def watched(*args: Any) -> tuple[Tensor, Tensor]:
+        found.append(original(*args))
+        return found[-1]
+
+    core.Corrector.move = watched  # type: ignore[method-assign, assignment]
+    try:
+        yield found
+    finally:
+        core.Corrector.move = original  # type: ignore[method-assign]
 
 
 class _Recorder:
