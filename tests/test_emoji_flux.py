@@ -55,7 +55,7 @@ def test_every_preset_saves_and_stays_close(emoji: tiny.Case, preset: str) -> No
     speca.enable(emoji.pipe, preset)
     emoji(SEEDS, steps=6)  # the self-test is paid here
     images = emoji(SEEDS, steps=30)
-    assert speca.report(emoji.pipe).flops_speedup > 1.5
+    assert speca.report(emoji.pipe).flops_speedup > (1.2 if preset == "faithful" else 1.8)
     if preset != "paper":
         assert psnr(images, plain).min() > 25
 
