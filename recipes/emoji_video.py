@@ -35,7 +35,7 @@ VAE_CONFIG: dict[str, Any] = dict(
     mid_block_add_attention=False,
 )  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
-    "small": dict(num_layers=4, num_single_layers=8, num_attention_heads=5, attention_head_dim=32,
+    "small": dict(num_layers=4, num_single_layers=8, num_attention_heads=4, attention_head_dim=32,
                   rope_axes_dim=(8, 12, 12)),
     "full": dict(num_layers=4, num_single_layers=12, num_attention_heads=6, attention_head_dim=32,
                  rope_axes_dim=(8, 12, 12)),
