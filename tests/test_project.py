@@ -21,7 +21,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 LAYERS = (
-    "errors", "config", "calibration", "core", "model", "speculator", "report", "course", "run", "hook", "pipeline",
+    "errors", "config", "calibration", "core", "model", "executor", "speculator", "report", "course", "run", "hook", "pipeline",
     "check", "zoo", "grid", "measure", "compare", "calibrating", "", "distance", "bench", "cli_request", "cli_output",
     "cli_bench", "cli_calibrate", "cli",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from .errors import NotEnabledError
 from .model.calls import Branches, Call, Clock
 from .model.sampler import transitions
 from .report import Report, SampleReport
-from .speculator import Branch, Spent
+from .speculator import Branch, Speculator, Spent
 
 
 class Course:
@@ -26,12 +26,14 @@ class Course:
         notes: what the user should know of this run.
         begin: index of the first step, above 0 where a run starts from an image.
         models: classes of the transformers that took part.
+        speculator: of its own, where it is not played by that of its transformers.
     """
 
     def __init__(self, scheduler: Callable[[], Any] | None, num_inference_steps: int | None = None) -> None:
         """`scheduler` returns the scheduler in use at the moment of a call, as pipelines let users swap it."""
         self.clock, self.names = Clock(scheduler, num_inference_steps), Branches()
         self._scheduler = scheduler
+        self.speculator: Speculator | None = None
         self._start()
         self.running = False
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Protocol
 
@@ -34,24 +34,24 @@ class _State(BaseState):
         return None
 
 
+_HERE: ContextVar[dict[int, Any]] = ContextVar("speca_cache_contexts", default={})  # noqa: B039, never changed in place
+
+
 class _Contexts(StateManager):
-    """The cache context that a pipeline has set, for each thread its own: two may share the transformer."""
+    """The cache context that a pipeline has set, for each thread and greenlet its own: two may share the transformer."""
 
     def __init__(self) -> None:
         super().__init__(_State)
-        self._by_thread: dict[int, Any] = {}
 
     def set_context(self, context: Any) -> None:
         """Called by `cache_context` on entry, and with None on exit."""
-        if context is None:
-            self._by_thread.pop(threading.get_ident(), None)
-        else:
-            self._by_thread[threading.get_ident()] = context
+        others = {key: kept for key, kept in _HERE.get().items() if key != id(self)}
+        _HERE.set(others if context is None else {**others, id(self): context})
 
     @property
     def here(self) -> Any:
-        """The context of the calling thread, None outside of any."""
-        return self._by_thread.get(threading.get_ident())
+        """The context of the calling thread or greenlet, None outside of any."""
+        return _HERE.get().get(id(self))
 
 
 class _RootHook(ModelHook):

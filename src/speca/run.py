@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -19,12 +19,13 @@ from .core.controller import FULL
 from .core.corrector import Transition
 from .course import Course
 from .errors import NotEnabledError
+from .executor import Executor
 from .model import rows as rowwise
 from .model.calls import Position, time_argument
 from .model.companions import foreign_cache, is_compiled_above, learns_order
 from .model.gate import Gate
 from .model.overrides import CACHE_ARGUMENTS, PACKED
-from .model.probe import Discovery, Forward, discover
+from .model.probe import Discovery, Forward
 from .report import Report
 from .speculator import Branch, Speculator, Work
 
@@ -47,7 +48,7 @@ class Run:
         self.model, self.config = model, config
         self.scheduler, self.steps = scheduler, steps
         self.gate = Gate(model)
-        self.speculator = Speculator(config, self.gate)
+        self.speculator = Speculator(config, Executor())
         self.findings: dict[tuple[object, object, bool], Discovery] = {}
         self._renewals = 0  # of the blocks that the findings are about
         self.before: dict[str, Any] = {}
@@ -80,7 +81,11 @@ class Run:
         course = self.last if target is None or target is self.model else self.courses.get(target)
         if course is None:
             raise NotEnabledError("nothing has run yet; call the pipeline first, then ask for the report.")
-        return course.report(type(self.model).__name__, self.config.to_dict())
+        return course.report(type(self.model).__name__, self.speculator_of(course).config.to_dict())
+
+    def speculator_of(self, course: Course) -> Speculator:
+        """Who plays the calls of a course: its own, as a request of an engine has one, or that of all."""
+        return course.speculator or self.speculator
 
     def call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any, caller: Any) -> Any:
         """Answer one call of the transformer, accelerated where that is safe, plainly elsewhere.
@@ -99,7 +104,7 @@ class Run:
                 self._note(course, f"{type(self.model).__name__} was compiled after speca.enable: {NOT_COMPILED}.")
             if reason := self._excluded(course, arguments):
                 self._note(course, f"{type(self.model).__name__} runs plainly: {reason}.")
-                return forward(*args, **kwargs)
+                return self.speculator_of(course).executor.plain(lambda: forward(*args, **kwargs))
             try:
                 return self._play(course, forward, arguments, context)
             except BaseException:
@@ -133,6 +138,8 @@ class Run:
         return course
 
     def _play(self, course: Course, forward: Forward, arguments: dict[str, Any], context: Any) -> Any:
+        speculator = self.speculator_of(course)
+        plain = functools.partial(speculator.executor.plain, lambda: forward(**arguments))
         first, given = next(iter(arguments.values())), arguments.get(self._time or "")
         packed = type(self.model).__name__ in PACKED
         rows, kind = 1 if packed else rowwise.batch_size(first), _kind(arguments, self._time)
@@ -140,32 +147,34 @@ class Run:
         if call is None:
             text = "a call runs plainly: its step is not on the scheduler's time axis, or rows differ in time."
             self._note(course, text)
-            return forward(**arguments)
+            return plain()
         here = call.position
         if here.total - course.begin < MIN_STEPS:
             text = f"{here.total - course.begin} steps leave nothing to forecast (at least {MIN_STEPS}); ran plainly."
             self._note(course, text)
-            return forward(**arguments)
+            return plain()
         if call.jumped:
             course.note(f"steps before step {here.index} were left out; what was kept of earlier ones was dropped.")
         course.missed(here.index)
         name = course.names.name(here.index, context, (id(self), rows, kind), arguments)
         if name is None:
             self._note(course, f"a call runs plainly: step {here.index} was given to the model too often.")
-            return forward(**arguments)
+            return plain()
         branch = self._branch(course, name, here, arguments, rows)
-        self.speculator.spent = course.spent
+        speculator.spent = course.spent
         key = (kind, rowwise.owners(arguments, rows), branch.uneven)
         try:
             linear = self._transitions(course, branch, here)
-            return self._answer(course, Work(branch, here, self._known(key), forward, arguments, linear), key)
+            return self._answer(
+                course, Work(branch, here, self.gate, self._known(key), forward, arguments, linear), key
+            )
         finally:
             course.count(rows, type(self.model).__name__)
 
     def _transitions(self, course: Course, branch: Branch, position: Position) -> Sequence[Transition]:
         """What the sampler does at each step, where that is wanted and known; the run's notes say why it is not."""
-        c = self.config
-        if not (c.corrector or self.speculator.controller.plans_ahead) or branch.idle:
+        speculator = self.speculator_of(course)
+        if not (speculator.config.corrector or speculator.controller.plans_ahead) or branch.idle:
             return ()
         found, reason = course.transitions(position.total)
         if reason := reason or branch.uncorrected:
@@ -182,16 +191,16 @@ class Run:
 
     def _answer(self, course: Course, work: Work, key: tuple[object, object, bool]) -> Any:
         """By the speculator, or plainly where nothing is gained or the model is not supported."""
-        finding, branch = work.finding, work.branch
+        finding, branch, speculator = work.finding, work.branch, self.speculator_of(course)
         if learns_order(self.model):
             _note_full(branch, work.position)
             branch.restart()  # of this step nothing is kept
             course.note(f"step {work.position.index} ran plainly, as diffusers learns from it what to fetch ahead.")
-            return work.forward(**work.arguments)
+            return speculator.executor.plain(lambda: work.forward(**work.arguments))
         if finding is UNKNOWN and (self.curious or not branch.idle):
             return self._discover(course, work, key)
         if finding.supported and not branch.idle:
-            out = self.speculator.play(work)
+            out = speculator.play(work)
             if branch.trouble:
                 self._note(
                     course,
@@ -201,22 +210,20 @@ class Run:
         if not finding.supported and finding is not UNKNOWN:
             self._note(course, f"{type(self.model).__name__} runs plainly: {finding.reason}")
         _note_full(branch, work.position)
-        return work.forward(**work.arguments)
+        return speculator.executor.plain(lambda: work.forward(**work.arguments))
 
     def _discover(self, course: Course, work: Work, key: tuple[object, object, bool]) -> Any:
         """The first call of its kind runs in full and is learnt from."""
-        branch = work.branch
-        began = time.perf_counter()
-        out, finding = discover(self.gate, work.forward, work.arguments, branch.rows)
+        branch, speculator = work.branch, self.speculator_of(course)
+        began = speculator.executor.now()
+        out, finding, features = speculator.executor.discover(self.gate, work.forward, work.arguments, branch.rows)
         self.findings[key] = finding
-        features = self.gate.features
-        self.gate.forget()
         _note_full(branch, work.position)
-        if not finding.supported or features is None:
+        if not finding.supported or not features:
             self._note(course, f"{type(self.model).__name__} runs plainly: {finding.reason}")
             return out
-        self.speculator.record(dataclasses.replace(work, finding=finding), branch.trajectories, features, out)
-        course.spent.add_probe(finding, branch.rows, time.perf_counter() - began)
+        speculator.record(dataclasses.replace(work, finding=finding), branch.trajectories, features, out)
+        course.spent.add_probe(finding, branch.rows, speculator.executor.now() - began)
         course.note("cost and time include the self-test, which runs once for a model and input size")
         return out
 
@@ -226,9 +233,10 @@ class Run:
         if branch is None:
             branch = course.branches[name] = Branch.begin(rows, _stacked(first, rows))
             branch.uneven = rows > 1 and len(set(rowwise.weights(arguments, rows))) > 1
-            left, c = position.total - course.begin, self.config
-            branch.idle = self.speculator.controller.idle(left)
+            left, speculator = position.total - course.begin, self.speculator_of(course)
+            branch.idle = speculator.controller.idle(left)
             if branch.idle:
+                c = speculator.config
                 course.note(f"{left} steps leave nothing to forecast with warmup={c.warmup}, final={c.final}.")
             return branch
         first_record = branch.trajectories[0]

@@ -1,17 +1,16 @@
 """One transformer call over rows: plan, draft, verify, redo, record.
 
-The lock-step hook of `pipeline.py` calls it; it knows neither pipelines nor schedulers. Rows of one call may do
-different things: at most three forwards are run (checked drafts, unchecked drafts, full), each on its own rows, and
-their outputs are put together again. Shapes: B rows of the call, n rows of a part, K anchors.
+It knows neither pipelines nor schedulers, nor who else is running: its `Executor` runs each forward, at once or
+packed with those of other requests. Rows of one call may do different things: at most three forwards are run (checked
+drafts, unchecked drafts, full), each on its own rows, and their outputs are put together again. Shapes: B rows of the
+call, n rows of a part, K anchors.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +24,10 @@ from .core.forecast import forecaster
 from .core.history import History
 from .core.verify import error_function
 from .errors import UnsupportedModelError
+from .executor import Executor, Pass
 from .model import rows as rowwise
 from .model.calls import Position
-from .model.gate import Features, Gate, Mode
+from .model.gate import Gate, Mode
 from .model.probe import Discovery, Forward
 from .model.shards import total_of
 
@@ -60,7 +60,6 @@ class Branch:
     trajectories: list[Trajectory]
     history: History | None = None
     corrector: Corrector | None = None
-    layouts: tuple[rowwise.Layout, ...] = ()
     shapes: tuple[torch.Size, ...] = ()  # of one row of each kept feature
     trouble: str = ""  # why drafting was given up in mid-run
     uncorrected: str = ""  # why nothing is corrected
@@ -131,22 +130,29 @@ class Work:
 
     branch: Branch
     position: Position
+    gate: Gate
     finding: Discovery
     forward: Forward
     arguments: dict[str, Any]
     transitions: Sequence[Transition] = ()
     """What the sampler does at each step; empty where that is unknown, and then nothing is corrected."""
 
-    def run(self, rows: Sequence[int]) -> Any:
-        """The model's own output for `rows` of its own inputs."""
-        return self.forward(**rowwise.select(self.arguments, rows, self.branch.rows))
+    def on(self, rows: Sequence[int], mode: Mode, forecast: Sequence[Tensor] = ()) -> Pass:
+        """The forward of `rows` of the model's own inputs."""
+        part = rowwise.select(self.arguments, rows, self.branch.rows)
+        return Pass(self.gate, self.finding, self.forward, part, len(rows), mode, self.position, tuple(forecast))
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows alone have fewer tokens than in their batch."""
+        return self.finding.learnt is not None and self.finding.learnt.ragged
 
 
 class Speculator:
-    """Plays calls of one gated transformer."""
+    """Plays calls of gated transformers."""
 
-    def __init__(self, config: SpecaConfig, gate: Gate) -> None:
-        self.config, self.gate = config, gate
+    def __init__(self, config: SpecaConfig, executor: Executor) -> None:
+        self.config, self.executor = config, executor
         self.controller = controller(config)
         self.forecast = forecaster(config.forecaster)
         self.error = error_function(config.error)
@@ -164,12 +170,10 @@ class Speculator:
             return self._play(work)
         except UnsupportedModelError as problem:
             work.branch.give_up(work.position, str(problem))
-            return work.forward(**work.arguments)
+            return self.executor.plain(lambda: work.forward(**work.arguments))
 
     def _play(self, work: Work) -> Any:
-        began, branch = time.perf_counter(), work.branch
-        assert work.finding.learnt is not None
-        self.gate.arm(work.finding.learnt)
+        began, branch = self.executor.now(), work.branch
         # Plan: each sample from its own record.
         plans: dict[Plan, list[Trajectory]] = {plan: [] for plan in Plan}
         branch.stand_at(work.position)
@@ -188,25 +192,23 @@ class Speculator:
             parts.append((_rows(full), self._full(work, full)))
             for trajectory in plans[Plan.FULL]:
                 trajectory.note(FULL)
-        self._account(plans, full, work, time.perf_counter() - began)
+        self._account(plans, full, work, self.executor.now() - began)
         if work.position.index == work.position.total - 1:
             branch.forget()  # nothing is forecast from the last step
         return rowwise.merge(parts, branch.rows)
 
-    def record(self, work: Work, trajectories: Sequence[Trajectory], features: Features, out: Any) -> None:
-        """Keep what a full pass over the rows of `trajectories` gave as their newest anchor, and correct `out`."""
-        branch, rows, learnt = work.branch, _rows(trajectories), self.gate.learnt
-        assert learnt is not None
-        streams = zip([*features.state, *features.outputs], learnt.layouts, strict=True)
-        first = [rowwise.rows_first(stream, len(rows), kind) for stream, kind in streams]
+    def record(self, work: Work, trajectories: Sequence[Trajectory], features: Sequence[Tensor], out: Any) -> None:
+        """Keep what a full pass over the rows of `trajectories` gave, features (n, ...), as their newest anchor, and
+        correct `out`."""
+        branch, rows = work.branch, _rows(trajectories)
         if branch.history is None:
             branch.history = History(self.config.anchors, branch.rows, self.history_dtype)
-            branch.layouts, branch.shapes = learnt.layouts, tuple(f.shape[1:] for f in first)
-        if learnt.ragged:  # a part of the batch may have less padding than the whole batch had
-            first = [rowwise.fit(f, (len(rows), *shape)) for f, shape in zip(first, branch.shapes, strict=True)]
-        if any(f.shape[1:] != shape for f, shape in zip(first, branch.shapes, strict=True)):
+            branch.shapes = tuple(f.shape[1:] for f in features)
+        if work.ragged:  # a part of the batch may have less padding than the whole batch had
+            features = [rowwise.fit(f, (len(rows), *shape)) for f, shape in zip(features, branch.shapes, strict=True)]
+        if any(f.shape[1:] != shape for f, shape in zip(features, branch.shapes, strict=True)):
             raise UnsupportedModelError("some rows of the batch have block features of another shape than all of them.")
-        branch.history.push(rows, first)
+        branch.history.push(rows, features)
         if work.transitions:
             self._correct(work, trajectories, out)
         for trajectory in trajectories:
@@ -267,20 +269,18 @@ class Speculator:
 
     def _full(self, work: Work, trajectories: Sequence[Trajectory]) -> Any:
         """Run the rows of `trajectories` through all blocks and record them."""
-        with self._gated(Mode.FULL):
-            out = work.run(_rows(trajectories))
-            if self.gate.features is not None:
-                self.record(work, trajectories, self.gate.features, out)
-        return out
+        ran = self.executor.run(work.on(_rows(trajectories), Mode.FULL))
+        if ran.features:
+            self.record(work, trajectories, ran.features, ran.out)
+        return ran.out
 
     def _draft(self, work: Work, trajectories: Sequence[Trajectory], mode: Mode) -> tuple[Any, list[Tensor]]:
         """The output of a draft and, where it is checked, the errors (n,) of its rows, possibly in parts.
 
         Ragged rows are drafted one by one: what a row counts as its tokens must not depend on its batch-mates.
         """
-        assert self.gate.learnt is not None
         rows, by_row = _rows(trajectories), {row: t for t in trajectories for row in t.rows}
-        parts = [[i] for i in range(len(rows))] if self.gate.learnt.ragged else [list(range(len(rows)))]
+        parts = [[i] for i in range(len(rows))] if work.ragged else [list(range(len(rows)))]
         outputs, errors = [], []
         for part in parts:
             drafted = [rows[i] for i in part]
@@ -292,19 +292,14 @@ class Speculator:
 
     def _draft_rows(self, work: Work, rows: list[int], weights: Tensor, mode: Mode) -> tuple[Any, Tensor | None]:
         """One forward as a draft of `rows`: its output and, where it is checked, their errors (n,)."""
-        branch, count = work.branch, len(self.gate.state)
-        assert branch.history is not None
-        streams = branch.history.forecast(rows, weights)
-        given = [rowwise.as_given(s, k) for s, k in zip(streams, branch.layouts, strict=True)]
-        with self._gated(mode):
-            self.gate.forecast = Features(given[:count], given[count:])
-            out, real = work.run(rows), self.gate.features
-        if real is None:
-            return out, None
-        kind = branch.layouts[count + work.finding.main]
-        computed = rowwise.rows_first(real.outputs[work.finding.main], len(rows), kind)
-        told = rowwise.fit(streams[count + work.finding.main], computed.shape)
-        return out, self.error(told, computed, total_of(self.gate.model))
+        assert work.branch.history is not None
+        streams, main = work.branch.history.forecast(rows, weights), work.finding.main
+        ran = self.executor.run(work.on(rows, mode, streams))
+        if not ran.features:
+            return ran.out, None
+        computed = ran.features[main]
+        told = rowwise.fit(streams[len(work.finding.state) + main], computed.shape)
+        return ran.out, self.error(told, computed, total_of(work.gate.model))
 
     def _check(
         self, work: Work, trajectories: Sequence[Trajectory]
@@ -342,7 +337,7 @@ class Speculator:
     def _read(self, errors: Tensor) -> list[float]:
         """The one device-to-host read of a draft call."""
         self.spent.host_reads += 1
-        return [float(e) for e in errors.tolist()]
+        return self.executor.read(errors)
 
     def _account(self, plans: dict[Plan, list[Trajectory]], full: list[Trajectory], work: Work, seconds: float) -> None:
         spent, finding, rows = self.spent, work.finding, work.branch.rows
@@ -356,14 +351,6 @@ class Speculator:
         spent.flops_full += rows * (finding.flops_full or 0.0)
         if len(plans[Plan.FULL]) == len(full) and len(_rows(full)) == rows:
             spent.full_rates.append(seconds / rows)
-
-    @contextmanager
-    def _gated(self, mode: Mode) -> Iterator[None]:
-        self.gate.mode = mode
-        try:
-            yield
-        finally:
-            self.gate.forget()
 
 
 TINY = 1e-8  # a step that moves the sample by less than this per unit of output cannot carry a correction

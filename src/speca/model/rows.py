@@ -7,7 +7,8 @@ rows; everything else (position ids, sizes, dictionaries of options) is shared. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -118,6 +119,77 @@ def _one_each(value: Sequence[Any], total: int, listed: bool) -> bool:
     tensors = [v for v in value if isinstance(v, Tensor)]
     grouped = isinstance(value, tuple) and bool(tensors)
     return not grouped and not (len(tensors) == total and all(v.dim() > 1 and v.shape[0] == total for v in tensors))
+
+
+# ------------------------------------------------------------------------------------------------ calls put together
+Token = Callable[[Tensor], Hashable]
+
+
+def signature(arguments: dict[str, Any], total: int, token: Token) -> Hashable:
+    """What has to be equal in calls that `join` may put together: all but the numbers that belong to rows.
+
+    Args:
+        arguments: of a call of `total` rows.
+        token: equal for shared tensors of equal content, such as position ids.
+    """
+    listed = _takes_lists(arguments)
+    return tuple((n, _signature(v, total, listed, ROW_DIMENSIONS.get(n, 0), token)) for n, v in arguments.items())
+
+
+def join(calls: Sequence[dict[str, Any]], totals: Sequence[int]) -> dict[str, Any]:
+    """One call of all the rows of calls of equal `signature`; what they share is that of the first. `select` undoes it
+    for inputs, `split` for outputs."""
+    listed = _takes_lists(calls[0])
+    return {n: _join([c[n] for c in calls], totals, listed, ROW_DIMENSIONS.get(n, 0)) for n in calls[0]}
+
+
+def split(out: Any, totals: Sequence[int]) -> list[Any]:
+    """The outputs of the single calls from that of their `join`, tensors as views."""
+    if isinstance(out, Tensor):
+        fold, rest = divmod(out.shape[0], sum(totals))
+        if rest or not fold:
+            raise UnsupportedModelError(f"an output of shape {tuple(out.shape)} does not hold {sum(totals)} rows.")
+        return list(out.split([fold * n for n in totals]))
+    if isinstance(out, dict):  # includes diffusers' BaseOutput
+        parts = {k: split(v, totals) for k, v in out.items()}
+        return [type(out)(**{k: v[i] for k, v in parts.items()}) for i in range(len(totals))]
+    if isinstance(out, list) and len(out) == sum(totals):
+        ends = list(itertools.accumulate(totals))
+        return [out[end - n : end] for n, end in zip(totals, ends, strict=True)]
+    if isinstance(out, (list, tuple)):
+        columns = [split(v, totals) for v in out]
+        return [type(out)(column[i] for column in columns) for i in range(len(totals))]
+    return [out] * len(totals)
+
+
+def _signature(value: Any, total: int, listed: bool, dim: int | None, token: Token) -> Hashable:
+    if isinstance(value, Tensor):
+        if dim is None or not _owned(value, total, dim):
+            return "shared", token(value)
+        return dim, (*value.shape[:dim], *value.shape[dim + 1 :]), value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((k, _signature(v, total, listed, dim, token)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        if dim is not None and _one_each(value, total, listed):  # items, which need not be all alike
+            kinds = {(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v) for v in value}
+            return "items", type(value), frozenset(kinds)
+        return type(value), tuple(_signature(v, total, listed, dim, token) for v in value)
+    return type(value), value if isinstance(value, Hashable) else id(value)
+
+
+def _join(values: Sequence[Any], totals: Sequence[int], listed: bool, dim: int | None) -> Any:
+    first = values[0]
+    if dim is None:
+        return _fresh(first)
+    if isinstance(first, Tensor):
+        return torch.cat(list(values), dim) if _owned(first, totals[0], dim) else first
+    if isinstance(first, dict):
+        return {k: _join([v[k] for v in values], totals, listed, dim) for k in first}
+    if isinstance(first, (list, tuple)):
+        if _one_each(first, totals[0], listed):
+            return type(first)(item for value in values for item in value)
+        return type(first)(_join(column, totals, listed, dim) for column in zip(*values, strict=True))
+    return first
 
 
 # ------------------------------------------------------------------------------------------------ outputs
