@@ -26,6 +26,14 @@ class NotEnabledError(SpecaError, LookupError):
     """A report was asked of an object that is not enabled, or has not run yet."""
 
 
+class QueueFullError(SpecaError, RuntimeError):
+    """An engine has as many requests waiting as it was told to keep; try again later."""
+
+
+class CancelledError(SpecaError, RuntimeError):
+    """A request was cancelled, or its deadline passed."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A phrase that names the valid name closest to `name` and lists all of them."""
     names = list(valid)

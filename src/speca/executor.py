@@ -30,6 +30,7 @@ class Pass:
         mode: full, checked or unchecked.
         position: the step.
         forecast: what the verify block is fed in a draft, rows first (n, ...): its state, then its outputs.
+        uses: how much of its inputs each row really uses, such as the length of its prompt; see `rows.weights`.
     """
 
     gate: Gate
@@ -40,6 +41,7 @@ class Pass:
     mode: Mode
     position: Position
     forecast: tuple[Tensor, ...] = ()
+    uses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,13 @@ class Ran:
 
 
 class Executor:
-    """Runs what it is asked for at once."""
+    """Runs what it is asked for at once.
+
+    Attributes:
+        packs: whether it wants to know what a row uses of its inputs, also where there is only one.
+    """
+
+    packs = False
 
     def run(self, asked: Pass) -> Ran:
         """One forward through the gate; nothing of it stays in the gate."""

@@ -38,7 +38,7 @@ _HERE: ContextVar[dict[int, Any]] = ContextVar("speca_cache_contexts", default={
 
 
 class _Contexts(StateManager):
-    """The cache context that a pipeline has set, for each thread and greenlet its own: two may share the transformer."""
+    """The cache context that a pipeline has set, each thread and greenlet its own: two may share a transformer."""
 
     def __init__(self) -> None:
         super().__init__(_State)

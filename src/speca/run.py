@@ -232,8 +232,9 @@ class Run:
         branch, first = course.branches.get(name), next(iter(arguments.values()))
         if branch is None:
             branch = course.branches[name] = Branch.begin(rows, _stacked(first, rows))
-            branch.uneven = rows > 1 and len(set(rowwise.weights(arguments, rows))) > 1
             left, speculator = position.total - course.begin, self.speculator_of(course)
+            if rows > 1 or speculator.executor.packs:
+                branch.uses = tuple(rowwise.weights(arguments, rows))
             branch.idle = speculator.controller.idle(left)
             if branch.idle:
                 c = speculator.config

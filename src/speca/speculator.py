@@ -63,7 +63,7 @@ class Branch:
     shapes: tuple[torch.Size, ...] = ()  # of one row of each kept feature
     trouble: str = ""  # why drafting was given up in mid-run
     uncorrected: str = ""  # why nothing is corrected
-    uneven: bool = False  # rows use their inputs to different lengths, so they may be ragged
+    uses: tuple[float, ...] = ()  # how much of its inputs each row really uses, where that was asked
     idle: bool = False  # the run is too short to draft any step: run plainly, keep nothing
 
     @classmethod
@@ -71,6 +71,11 @@ class Branch:
         """A new batch of `rows` rows; with `per_sample` 2, row i and row i + B/2 are one image's cond and uncond."""
         samples = rows // per_sample
         return cls(rows, [Trajectory(i, tuple(range(i, rows, samples))) for i in range(samples)])
+
+    @property
+    def uneven(self) -> bool:
+        """Whether rows use their inputs to different lengths, so that they may be ragged."""
+        return len(set(self.uses)) > 1
 
     def untie(self) -> None:
         """Give every row a record of its own: what looked like cond and uncond of one image are different images."""
@@ -140,7 +145,8 @@ class Work:
     def on(self, rows: Sequence[int], mode: Mode, forecast: Sequence[Tensor] = ()) -> Pass:
         """The forward of `rows` of the model's own inputs."""
         part = rowwise.select(self.arguments, rows, self.branch.rows)
-        return Pass(self.gate, self.finding, self.forward, part, len(rows), mode, self.position, tuple(forecast))
+        uses = tuple(self.branch.uses[row] for row in rows) if self.branch.uses else ()
+        return Pass(self.gate, self.finding, self.forward, part, len(rows), mode, self.position, tuple(forecast), uses)
 
     @property
     def ragged(self) -> bool:

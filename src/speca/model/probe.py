@@ -97,9 +97,13 @@ class _Fresh:
             weights = rowwise.weights(self.arguments, self.rows)
             row = min(reversed(range(self.rows)), key=weights.__getitem__)
             return self([row]), row
-        name, value = next((n, v) for n, v in self.arguments.items() if _is_floating(v))
-        scaled = value * 0.9 if isinstance(value, Tensor) else [v * 0.9 for v in value]
-        return {**self(), name: scaled}, None
+        return scaled(self()), None
+
+
+def scaled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Another call: the first argument that is no whole number, by nine tenths."""
+    name, value = next((n, v) for n, v in arguments.items() if _is_floating(v))
+    return {**arguments, name: value * 0.9 if isinstance(value, Tensor) else [v * 0.9 for v in value]}
 
 
 def _examine(gate: Gate, forward: Forward, fresh: _Fresh, out: Any) -> Discovery:

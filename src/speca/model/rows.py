@@ -149,7 +149,7 @@ def split(out: Any, totals: Sequence[int]) -> list[Any]:
         fold, rest = divmod(out.shape[0], sum(totals))
         if rest or not fold:
             raise UnsupportedModelError(f"an output of shape {tuple(out.shape)} does not hold {sum(totals)} rows.")
-        return list(out.split([fold * n for n in totals]))
+        return list(torch.split(out, [fold * n for n in totals]))
     if isinstance(out, dict):  # includes diffusers' BaseOutput
         parts = {k: split(v, totals) for k, v in out.items()}
         return [type(out)(**{k: v[i] for k, v in parts.items()}) for i in range(len(totals))]

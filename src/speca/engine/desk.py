@@ -1,0 +1,88 @@
+"""How the steps of one request are run in an engine: by asking for them, and waiting for the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..executor import Executor, Pass, Ran
+from ..model import rows as rowwise
+from ..model.gate import Gate
+from ..model.overrides import PACKED
+from ..model.probe import Discovery, Forward, scaled
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A call of the model that is to be run as it is, alone."""
+
+    forward: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Read:
+    """Numbers (n,) to be read from the device."""
+
+    numbers: Tensor
+
+
+Question = Pass | Plain | Read
+
+
+class Asking(Protocol):
+    """Where to ask: it gives the answer, and the seconds of the transformer that are this request's share."""
+
+    def ask(self, question: Any) -> tuple[Any, float]: ...
+
+
+class Desk(Executor):
+    """An executor that hands everything on. Its clock leaves out the time spent on others."""
+
+    packs = True
+
+    def __init__(self, hub: Asking) -> None:
+        self._hub, self._away = hub, 0.0
+
+    def run(self, asked: Pass) -> Ran:
+        """One forward, together with those of other requests if there are any that fit."""
+        ran: Ran = self._ask(asked)
+        return ran
+
+    def plain(self, forward: Callable[[], Any]) -> Any:
+        """A call of the model alone, when it is its turn."""
+        return self._ask(Plain(forward))
+
+    def read(self, numbers: Tensor) -> list[float]:
+        """Numbers from the device, in the one read of a tick."""
+        found: list[float] = self._ask(Read(numbers))
+        return found
+
+    def discover(
+        self, gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int
+    ) -> tuple[Any, Discovery, tuple[Tensor, ...]]:
+        """The first call of its kind. One row is tested beside another one, as it is going to be run: only with two can
+        be seen where features carry their rows, and that rows do not touch each other."""
+        if rows == 1 and type(gate.model).__name__ not in PACKED:
+            try:
+                two = rowwise.join([arguments, scaled(arguments)], [1, 1])
+                out, finding, features = super().discover(gate, forward, two, 2)
+            except Exception:  # of a model that cannot take two: then each call of this kind is run alone
+                gate.forget()
+            else:
+                if finding.supported:
+                    return rowwise.split(out, [1, 1])[0], finding, tuple(f[:1] for f in features)
+        return super().discover(gate, forward, arguments, rows)
+
+    def now(self) -> float:
+        """Seconds, without those that passed while waiting, but with the share of the batches taken part in."""
+        return time.perf_counter() - self._away
+
+    def _ask(self, question: Question) -> Any:
+        began = time.perf_counter()
+        answer, share = self._hub.ask(question)
+        self._away += time.perf_counter() - began - share
+        return answer

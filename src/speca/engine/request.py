@@ -1,0 +1,265 @@
+"""What is asked of an engine, what comes back, and what is told in between."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ..config import SpecaConfig
+from ..errors import InputError, nearest
+from ..report import Report
+
+SETTINGS = ("preset", "tolerance", "speedup", "threshold", "settings")
+OWN = (*SETTINGS, "generator_seed", "scheduler", "priority", "deadline", "id")
+"""What a request may say besides the arguments of the pipeline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call of the pipeline, with settings of its own.
+
+    Attributes:
+        arguments: of the pipeline's `__call__`.
+        config: how its steps are drafted.
+        seed: of its generator; None where the arguments bring generators.
+        scheduler: in place of the pipeline's; it is copied.
+        priority: the higher, the sooner; one more is worth 32 ticks of waiting.
+        deadline: seconds after which it is given up, None for never.
+        id: whatever tells it from others.
+    """
+
+    arguments: dict[str, Any]
+    config: SpecaConfig
+    seed: int | None
+    scheduler: Any = None
+    priority: int = 0
+    deadline: float | None = None
+    id: Any = None
+
+    @classmethod
+    def build(cls, asked: Mapping[str, Any], accepted: Iterable[str], config: SpecaConfig) -> Request:
+        """From the arguments of the pipeline, which takes those of the names `accepted`, and of `OWN`.
+
+        A request without generator or seed is given a seed from torch's global generator.
+
+        Raises:
+            InputError: an argument that the pipeline does not take, or a deadline, priority or seed out of range.
+            ConfigError: a wrong setting.
+        """
+        own = {n: v for n, v in asked.items() if n in OWN}
+        arguments = {n: v for n, v in asked.items() if n not in OWN}
+        names = list(accepted)
+        for name in arguments:
+            if name not in names:
+                raise InputError(f"the pipeline takes no argument {name!r}; {nearest(name, [*names, *OWN])}")
+        overrides = {n: own[n] for n in ("tolerance", "speedup", "threshold") if own.get(n) is not None}
+        base = own["preset"] if own.get("preset") is not None else config
+        seed, deadline, priority = own.get("generator_seed"), own.get("deadline"), own.get("priority", 0)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+            raise InputError(f"generator_seed={seed!r} is out of range; use a whole number from 0 to 2^63 - 1.")
+        if seed is not None and arguments.get("generator") is not None:
+            raise InputError("give either generator or generator_seed, not both.")
+        if deadline is not None and not deadline > 0:
+            raise InputError(f"deadline={deadline!r} is out of range; it is in seconds from now, more than 0.")
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InputError(f"priority={priority!r} must be a whole number.")
+        if seed is None and arguments.get("generator") is None:
+            seed = int(torch.randint(2**31, ()).item())
+        return cls(
+            arguments=arguments,
+            config=SpecaConfig.build(base, **{**overrides, **own.get("settings", {})}),
+            seed=seed,
+            scheduler=own.get("scheduler"),
+            priority=priority,
+            deadline=deadline,
+            id=own.get("id"),
+        )
+
+    def call(self) -> dict[str, Any]:
+        """The arguments, with a generator at its beginning."""
+        if self.seed is None:
+            return dict(self.arguments)
+        return {**self.arguments, "generator": torch.Generator().manual_seed(self.seed)}
+
+    @property
+    def size(self) -> object:
+        """Equal for requests that need equal memory: their plain arguments but texts, and the shapes of tensors."""
+        parts: list[object] = [self.config.anchors, self.config.history_dtype]
+        for name, value in sorted(self.arguments.items()):
+            if isinstance(value, torch.Tensor):
+                parts.append((name, tuple(value.shape), value.dtype))
+            elif isinstance(value, (list, tuple)):
+                parts.append((name, len(value)))
+            elif isinstance(value, (int, bool, type(None))):
+                parts.append((name, value))
+        return tuple(parts)
+
+
+def arguments_of(pipe: Any) -> list[str]:
+    """Names that the pipeline's `__call__` takes."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, p in parameters.items() if p.kind in kinds and name != "self"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a request.
+
+    Attributes:
+        kind: "queued", "started", "step", "done" or "failed".
+        index: of the request.
+        time: seconds since it was submitted.
+        step, total: steps begun, and their number; 0 until that is known.
+        error: why it failed.
+    """
+
+    kind: Literal["queued", "started", "step", "done", "failed"]
+    index: int
+    time: float
+    step: int = 0
+    total: int = 0
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a request gave.
+
+    Attributes:
+        index: its number, counted from 0 in the order of submission to one `generate` or engine.
+        id: its own name for itself.
+        output: what the pipeline returned, None if it failed.
+        report: decisions and cost, None where no step was taken.
+        error: why it failed, with its traceback.
+        seed: of its generator.
+        waited, seconds: until it started, and from then to its end.
+    """
+
+    index: int
+    id: Any = None
+    output: Any = None
+    report: Report | None = None
+    error: BaseException | None = None
+    seed: int | None = None
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def images(self) -> Any:
+        """The pipeline's images. Raises the request's error if it failed."""
+        return self._part("images")
+
+    @property
+    def frames(self) -> Any:
+        """The pipeline's frames. Raises the request's error if it failed."""
+        return self._part("frames")
+
+    def _part(self, name: str) -> Any:
+        if self.error is not None:
+            raise self.error
+        if not hasattr(self.output, name):
+            raise AttributeError(f"the pipeline's output has no {name}; see result.output.")
+        return getattr(self.output, name)
+
+
+class Future:
+    """A request on its way. Await it, or ask for `result()`; both raise what it failed with."""
+
+    def __init__(self, index: int, request: Request, notify: Callable[[Event], None] | None = None) -> None:
+        self.index, self.request = index, request
+        self.submitted = time.perf_counter()
+        self.started: float | None = None
+        self.cancelled = False
+        self.last = Event("queued", index, 0.0)
+        self._done: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        self._listeners = [] if notify is None else [notify]
+        self.wake: Callable[[], None] = lambda: None
+        if notify is not None:
+            notify(self.last)
+
+    def cancel(self) -> None:
+        """Give the request up, at the latest one tick from now. Harmless when it has ended."""
+        self.cancelled = True
+        self.wake()
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._done.done()
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for the result, at most `timeout` seconds.
+
+        Raises:
+            Exception: what the request failed with; `CancelledError` if it was cancelled or its deadline passed.
+            TimeoutError: it has not ended yet.
+        """
+        return _good(self._done.result(timeout))
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return _good((yield from asyncio.wrap_future(self._done).__await__()))
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps that were begun, 1 at the end."""
+        return 1.0 if self.done() else self.last.step / self.last.total if self.last.total else 0.0
+
+    @property
+    def report(self) -> Report | None:
+        """Decisions and cost, None until the request has ended."""
+        return self._done.result().report if self.done() else None
+
+    async def events(self) -> AsyncIterator[Event]:
+        """What happens to the request from now on, to its end."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def listen(event: Event) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        self._listeners.append(listen)
+        event = self.last
+        yield event
+        while event.kind not in ("done", "failed"):
+            event = await queue.get()
+            yield event
+
+    # ---------------------------------------------------------------------------------------- for the engine
+    def tell(self, kind: Literal["started", "step"], step: int = 0, total: int = 0) -> None:
+        """Something happened."""
+        self._tell(Event(kind, self.index, time.perf_counter() - self.submitted, step, total))
+
+    def finish(self, output: Any = None, report: Report | None = None, error: BaseException | None = None) -> Result:
+        """It has ended."""
+        now = time.perf_counter()
+        began = now if self.started is None else self.started
+        result = Result(
+            index=self.index, id=self.request.id, output=output, report=report, error=error, seed=self.request.seed,
+            waited=began - self.submitted, seconds=now - began,
+        )  # fmt: skip
+        self._done.set_result(result)
+        last = self.last
+        self._tell(Event("failed" if error else "done", self.index, now - self.submitted, last.step, last.total, error))
+        return result
+
+    @property
+    def outcome(self) -> Result:
+        """The result of a request that has ended, also of one that failed."""
+        return self._done.result()
+
+    def _tell(self, event: Event) -> None:
+        self.last = event
+        for listener in list(self._listeners):
+            listener(event)
+
+
+def _good(result: Result) -> Result:
+    if result.error is not None:
+        raise result.error
+    return result
