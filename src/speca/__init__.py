@@ -12,22 +12,34 @@ from . import zoo
 from .calibration import Calibration
 from .check import CheckReport, check
 from .config import PRESETS, SpecaConfig
-from .errors import ConfigError, InputError, NotEnabledError, SpecaError, UnsupportedModelError
+from .errors import (
+    CancelledError,
+    ConfigError,
+    InputError,
+    NotEnabledError,
+    QueueFullError,
+    SpecaError,
+    UnsupportedModelError,
+)
 from .pipeline import disable, enable, enabled, report
 from .report import Report, SampleReport
 
 if TYPE_CHECKING:
     from .calibrating import calibrate
+    from .engine import Engine
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
     "Calibration",
+    "CancelledError",
     "CheckReport",
     "ConfigError",
+    "Engine",
     "InputError",
     "NotEnabledError",
+    "QueueFullError",
     "Report",
     "SampleReport",
     "SpecaConfig",
@@ -44,9 +56,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`calibrate` brings what makes and compares pictures with it, so it is loaded when it is asked for."""
+    """What brings much with it is loaded when it is asked for: `calibrate`, which makes pictures, and `Engine`."""
     if name == "calibrate":
         from .calibrating import calibrate
 
         return calibrate
+    if name == "Engine":
+        from .engine import Engine
+
+        return Engine
     raise AttributeError(f"module 'speca' has no attribute {name!r}")

@@ -102,6 +102,11 @@ class Rendezvous:
         """Let a waiting function go on with an exception."""
         self._go(key, self._running[key].throw, error)
 
+    def forget(self) -> None:
+        """Drop all functions, where they are."""
+        self._running.clear()
+        self.asked.clear()
+
     def _go(self, key: int, into: Callable[..., Any], *value: Any) -> None:
         self.asked.pop(key, None)
         running = self._running[key]

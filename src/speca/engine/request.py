@@ -7,7 +7,7 @@ import concurrent.futures
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -177,7 +177,6 @@ class Future:
         self.index, self.request = index, request
         self.submitted = time.perf_counter()
         self.started: float | None = None
-        self.cancelled = False
         self.last = Event("queued", index, 0.0)
         self._done: concurrent.futures.Future[Result] = concurrent.futures.Future()
         self._listeners = [] if notify is None else [notify]
@@ -187,7 +186,6 @@ class Future:
 
     def cancel(self) -> None:
         """Give the request up, at the latest one tick from now. Harmless when it has ended."""
-        self.cancelled = True
         self.wake()
 
     def done(self) -> bool:
@@ -231,6 +229,16 @@ class Future:
             yield event
 
     # ---------------------------------------------------------------------------------------- for the engine
+    @staticmethod
+    def wait(futures: Iterable[Future]) -> None:
+        """Until one of them has ended."""
+        concurrent.futures.wait([f._done for f in futures], return_when=concurrent.futures.FIRST_COMPLETED)
+
+    def begin(self) -> None:
+        """It has started."""
+        self.started = time.perf_counter()
+        self.tell("started")
+
     def tell(self, kind: Literal["started", "step"], step: int = 0, total: int = 0) -> None:
         """Something happened."""
         self._tell(Event(kind, self.index, time.perf_counter() - self.submitted, step, total))

@@ -1,0 +1,287 @@
+"""The engine's faces: `generate` for a list of requests, `submit` for one at a time, from anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import SpecaConfig
+from ..errors import ConfigError, QueueFullError, SpecaError, nearest
+from ..executor import Executor
+from ..run import ATTRIBUTE
+from .hub import Hub, play
+from .records import plot
+from .request import Event, Future, Request, Result, arguments_of
+from .scheduler import Scheduler
+
+MODES = ("continuous", "lock-step", "one-at-a-time")
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+AHEAD = 2
+"""`generate` keeps as many requests queued as may be live, times this."""
+
+
+class Engine:
+    """Runs many requests of one pipeline together, each with settings of its own, and each as it would run alone.
+
+        engine = speca.Engine(pipe, max_batch=16, memory="8GiB")
+        for result in engine.generate([dict(prompt="a red apple", generator_seed=7), dict(prompt="a boat", speedup=4)]):
+            result.images[0].save(f"{result.index}.png")
+
+        future = await engine.submit(prompt="a red apple", num_inference_steps=50, generator_seed=7)
+        result = await future
+
+    A request is a dictionary of the pipeline's own arguments, and of `preset`, `tolerance`, `speedup`, `threshold` or
+    `settings` (any fields of `SpecaConfig`), `generator_seed`, `scheduler`, `priority`, `deadline` (seconds) and `id`.
+
+    The pipeline is accelerated as by `speca.enable` until `close`. It must not be called directly while requests run.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        preset: str | SpecaConfig = "balanced",
+        *,
+        max_batch: int = 16,
+        max_wait: int = 8,
+        max_live: int | None = None,
+        max_queue: int | None = None,
+        memory: int | str | None = None,
+        mode: Literal["continuous", "lock-step", "one-at-a-time"] = "continuous",
+        on_event: Callable[[Event], None] | None = None,
+        **overrides: Any,
+    ) -> None:
+        """
+        Args:
+            pipe: a pipeline with one or more diffusion transformers.
+            preset, **overrides: settings of requests that bring none, as of `speca.enable`.
+            max_batch: most rows of one forward, 1 or more. With guidance in one call an image has two rows.
+            max_wait: ticks that a full forward waits for others to fill its batch, 0 or more.
+            max_live: most requests under way at a time; default four times `max_batch`, one batch in "lock-step".
+            max_queue: most requests that wait to start; one more is refused. Default: no limit.
+            memory: what live requests may hold together, in bytes or as "8GiB". Default: no limit.
+            mode: "continuous"; "lock-step": requests start in batches and stay at one step, each with its own
+                decisions; "one-at-a-time": a plain loop over the pipeline, without batches.
+            on_event: called with what happens to each request, in the thread that runs the engine.
+
+        Raises:
+            ConfigError: a value out of range, greenlet is not installed, or the pipeline offloads whole models.
+            UnsupportedModelError: the pipeline has no diffusion transformer.
+        """
+        from ..pipeline import enable, transformers_of
+
+        if mode not in MODES:
+            raise ConfigError(f"mode={mode!r} is not valid; {nearest(mode, MODES)}")
+        if getattr(pipe, "_all_hooks", None):
+            raise ConfigError(
+                f"{type(pipe).__name__} offloads whole models, which moves them at the end of each call, in the middle "
+                "of others; call pipe.remove_all_hooks() first, or use group offloading."
+            )
+        self.pipe, self.mode, self.config = pipe, mode, SpecaConfig.build(preset, **overrides)
+        lockstep = mode == "lock-step"
+        scheduler = Scheduler(
+            max_batch=max_batch, max_wait=max_wait, max_queue=max_queue, memory=_bytes(memory), lockstep=lockstep,
+            max_live=max_live if max_live is not None else max_batch if lockstep else 4 * max_batch,
+        )  # fmt: skip
+        self._enabled = not any(ATTRIBUTE in model.__dict__ for model in transformers_of(pipe))
+        if self._enabled:
+            enable(pipe, self.config)
+        self._hub, self._names, self._on_event = Hub(pipe, scheduler), arguments_of(pipe), on_event
+        self._numbers = itertools.count()
+        self._inbox: deque[Future] = deque()
+        self._thread: threading.Thread | None = None
+        self._condition = threading.Condition()
+        self._closing = False
+
+    # ---------------------------------------------------------------------------------------------- requests
+    def generate(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
+        """Run requests, and yield each result when it is there. One that failed has an `error`; the others go on.
+
+        `requests` may be endless: as many are taken as are needed. Leaving the loop early cancels the rest.
+
+        Raises:
+            InputError, ConfigError: a request asks for what cannot be; those before it are finished first.
+        """
+        if self.mode == "one-at-a-time":
+            for number, asked in enumerate(requests):
+                yield self._alone(Future(number, self._request(asked), self._on_event))
+            return
+        source, finished = enumerate(requests), deque[Result]()
+        mine: dict[int, tuple[int, Future]] = {}
+        trouble: Exception | None = None
+        room = AHEAD * self._hub.scheduler.max_live
+        if self._hub.scheduler.max_queue is not None:
+            room = min(room, max(1, self._hub.scheduler.max_queue))
+        try:
+            while True:
+                while trouble is None and len(mine) < room:
+                    try:
+                        number, asked = next(source)
+                        future = self._submit(self._request(asked))
+                    except StopIteration:
+                        break
+                    except Exception as error:  # raised when what came before it is done
+                        trouble = error
+                        break
+                    mine[future.index] = number, future
+                if not mine:
+                    break
+                self._advance([future for _, future in mine.values()])
+                for index in [i for i, (_, future) in mine.items() if future.done()]:
+                    number, future = mine.pop(index)
+                    finished.append(_numbered(future.outcome, number))
+                while finished:
+                    yield finished.popleft()
+            if trouble is not None:
+                raise trouble
+        finally:
+            for _, future in mine.values():
+                future.cancel()
+            if mine:
+                self._advance([future for _, future in mine.values()])
+
+    async def submit(self, **asked: Any) -> Future:
+        """Queue a request and return at once. It runs in a thread of the engine, until `close`.
+
+        Raises:
+            QueueFullError: `max_queue` requests wait already.
+            InputError, ConfigError: it asks for what cannot be.
+        """
+        await asyncio.sleep(0)
+        return self.post(**asked)
+
+    def post(self, **asked: Any) -> Future:
+        """`submit` for code that is not asynchronous."""
+        if self.mode == "one-at-a-time":
+            raise ConfigError("mode 'one-at-a-time' is a plain loop; use engine.generate, or another mode.")
+        request = self._request(asked)
+        self._start_thread()
+        return self._submit(request)
+
+    def close(self) -> None:
+        """Cancel what is under way, end the thread, and undo `speca.enable`. Harmless when closed."""
+        from ..pipeline import disable
+
+        if self._thread is not None:
+            with self._condition:
+                self._closing = True
+                self._condition.notify_all()
+            self._thread.join()
+            self._thread = None
+        elif self._hub.busy or self._inbox:
+            self._stop()
+        if self._enabled:
+            disable(self.pipe)
+            self._enabled = False
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------------------------------------- figures
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Counts since the engine was made: requests, steps, ticks, reads, waits, and of each lane how full it ran."""
+        scheduler = self._hub.scheduler
+        now = {"live": scheduler.live, "queued": len(scheduler.queue) + len(self._inbox), "bytes": scheduler.bytes}
+        return {**now, **self._hub.records.to_dict(scheduler.max_batch)}
+
+    def timeline(self, path: str | Path, title: str = "") -> None:
+        """Write a picture of what each request did when, and how full the batches were (PNG, SVG or PDF)."""
+        plot(self._hub.records, self._hub.scheduler.max_batch, path, title)
+
+    # ---------------------------------------------------------------------------------------------- inside
+    def _request(self, asked: Mapping[str, Any]) -> Request:
+        return Request.build(asked, self._names, self.config)
+
+    def _submit(self, request: Request) -> Future:
+        limit = self._hub.scheduler.max_queue
+        waiting = len(self._inbox) + len(self._hub.scheduler.queue)
+        if limit is not None and waiting >= max(1, limit):
+            raise QueueFullError(f"{waiting} requests are waiting, as many as may; try again later.")
+        future = Future(next(self._numbers), request, self._on_event)
+        future.wake = lambda: self._cancel(future.index)
+        with self._condition:
+            self._inbox.append(future)
+            self._condition.notify_all()
+        return future
+
+    def _cancel(self, index: int) -> None:
+        with self._condition:
+            self._hub.cancelled.append(index)
+            self._condition.notify_all()
+
+    def _advance(self, futures: list[Future]) -> None:
+        """Go on until one of the futures may have ended."""
+        if self._thread is not None:
+            Future.wait(futures)
+        else:
+            self._tick()
+
+    def _tick(self) -> None:
+        while self._inbox:
+            future = self._inbox.popleft()
+            try:
+                self._hub.submit(future)
+            except SpecaError as refused:
+                future.finish(error=refused)
+        self._hub.tick()
+
+    def _alone(self, future: Future) -> Result:
+        """The oracle: the pipeline is called, and nothing else runs."""
+        future.begin()
+        try:
+            output, report = play(self.pipe, self._hub.runs, future.request, Executor(), lambda course: None)
+        except Exception as error:
+            return future.finish(error=error)
+        return future.finish(output, report)
+
+    def _start_thread(self) -> None:
+        with self._condition:
+            if self._closing:
+                raise ConfigError("the engine is closed; make a new one.")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="speca-engine", daemon=True)
+                self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._inbox or self._hub.busy or self._closing)
+                if self._closing:
+                    break
+            try:
+                self._tick()
+            except BaseException as error:  # a defect of the engine: nobody shall wait for ever
+                self._hub.abandon(error)
+        self._stop()
+
+    def _stop(self) -> None:
+        """Cancel everything, and let it end."""
+        for future in [*self._inbox, *self._hub.futures()]:
+            future.cancel()
+        while self._inbox or self._hub.busy:
+            self._tick()
+
+
+def _bytes(memory: int | str | None) -> int | None:
+    """Bytes from a number or a text such as "8GiB"."""
+    if memory is None or (isinstance(memory, int) and not isinstance(memory, bool)):
+        return memory
+    text = str(memory).strip()
+    unit = next((u for u in sorted(UNITS, key=len, reverse=True) if text.endswith(u)), None)
+    try:
+        return int(float(text[: -len(unit)]) * UNITS[unit]) if unit else int(text)
+    except ValueError:
+        raise ConfigError(f"memory={memory!r} is no size; give bytes, or a text such as '8GiB'.") from None
+
+
+def _numbered(result: Result, number: int) -> Result:
+    return dataclasses.replace(result, index=number)

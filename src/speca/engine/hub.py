@@ -1,0 +1,291 @@
+"""The loop of an engine: start requests, run what they ask for in batches, answer them, read the device once a tick."""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..course import Course
+from ..errors import CancelledError, NotEnabledError
+from ..executor import Executor, Pass
+from ..model.gate import Mode
+from ..report import Report
+from ..run import ATTRIBUTE, Run
+from ..speculator import Speculator
+from .desk import Desk, Plain, Question, Read
+from .packing import Packer
+from .records import Kind, Records
+from .rendezvous import Ambient, Ended, Rendezvous
+from .request import Future, Request
+from .scheduler import Batch, Lane, Scheduler
+
+
+@dataclass
+class Live:
+    """A request that has started.
+
+    Attributes:
+        future: whom it is for.
+        course: what is kept of it between steps.
+        step: the last step it has begun, -1 before the first.
+        kind: of the forward that it waits for.
+        drafted: the inputs of its last checked draft, by identity: a full forward of the same ones redoes it.
+    """
+
+    future: Future
+    course: Course | None = None
+    step: int = -1
+    kind: Kind = "full"
+    drafted: tuple[int, ...] = ()
+
+
+def private(pipe: Any, scheduler: Any = None) -> Any:
+    """A copy of the pipeline that shares its models but nothing that changes with a run.
+
+    Schedulers and guiders keep the step they are at; so each copy has its own.
+    """
+    mine = copy.copy(pipe)
+    mine.set_progress_bar_config(disable=True)
+    for name, part in pipe.components.items():
+        if not isinstance(part, nn.Module) and hasattr(part, "register_to_config"):
+            given = scheduler if name == "scheduler" and scheduler is not None else part
+            setattr(mine, name, copy.deepcopy(given))
+    return mine
+
+
+def play(pipe: Any, runs: Sequence[Run], request: Request, executor: Executor, begun: Callable[[Course], None]) -> Any:
+    """One request from beginning to end: the pipeline's output, and the report. `begun` is told its course."""
+    mine = private(pipe, request.scheduler)
+    owner = weakref.ref(mine)
+    course = Course(lambda: getattr(owner(), "scheduler", None))
+    course.speculator = Speculator(request.config, executor)
+    for run in runs:
+        run.courses[mine] = course
+    begun(course)
+    output = mine(**request.call())
+    return output, report_of(course, runs)
+
+
+def report_of(course: Course, runs: Sequence[Run]) -> Report | None:
+    """Decisions and cost; None where no step was taken."""
+    assert course.speculator is not None
+    try:
+        return course.report(type(runs[0].model).__name__, course.speculator.config.to_dict())
+    except NotEnabledError:
+        return None
+
+
+@dataclass
+class Hub:
+    """Owns the live requests of an engine. All its methods are called in one thread.
+
+    Attributes:
+        pipe: the pipeline whose models all requests share.
+        scheduler: who starts, and what runs together.
+        records: what has happened.
+    """
+
+    pipe: Any
+    scheduler: Scheduler
+    records: Records = field(default_factory=Records)
+    live: dict[int, Live] = field(default_factory=dict)
+    queued: dict[int, Future] = field(default_factory=dict)
+    cancelled: deque[int] = field(default_factory=deque)  # filled by whoever cancels, from any thread
+
+    def __post_init__(self) -> None:
+        from ..pipeline import transformers_of
+
+        models = transformers_of(self.pipe)
+        self.runs: list[Run] = [model.__dict__[ATTRIBUTE] for model in models]
+        kinds = {p.device.type for model in models for p in model.parameters()} | {"cpu"}
+        self.meet, self.packer = Rendezvous(tuple(sorted(kinds))), Packer()
+        self._deadlines: list[tuple[float, int]] = []
+        self._readings: dict[int, Read] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is live or queued."""
+        return bool(self.live or self.queued)
+
+    def submit(self, future: Future) -> None:
+        """Queue a request. Raises what the scheduler refuses it with."""
+        request = future.request
+        self.scheduler.submit(future.index, size=request.size, priority=request.priority)
+        self.queued[future.index] = future
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (future.submitted + request.deadline, future.index))
+
+    def tick(self) -> None:
+        """One round: cancel, start, run, read."""
+        began = time.perf_counter()
+        self._give_up()
+        for index in self.scheduler.admit():
+            self._start(index)
+        planned = time.perf_counter()
+        batches = self.scheduler.plan()
+        self.records.planning += time.perf_counter() - planned
+        for batch in batches:
+            self._run(batch)
+        self._read()
+        self.records.ticked(self.scheduler, time.perf_counter() - began)
+
+    # ---------------------------------------------------------------------------------------------- requests
+    def _give_up(self) -> None:
+        """End requests that were cancelled, or whose deadline has passed."""
+        now = time.perf_counter()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            index = heapq.heappop(self._deadlines)[1]
+            future = self._future(index)
+            if future is not None:
+                self._stop(index, CancelledError(f"the deadline of {future.request.deadline} s has passed."))
+        while self.cancelled:
+            index = self.cancelled.popleft()
+            if self._future(index) is not None:
+                self._stop(index, CancelledError("the request was cancelled."))
+
+    def _future(self, index: int) -> Future | None:
+        live = self.live.get(index)
+        return self.queued.get(index) if live is None else live.future
+
+    def _stop(self, index: int, error: CancelledError) -> None:
+        self._readings.pop(index, None)
+        if index in self.queued:
+            self.scheduler.end(index)
+            self.queued.pop(index).finish(error=error)
+        else:
+            self.scheduler.waiting.pop(index, None)
+            self._go(index, lambda: self.meet.throw(index, error))
+
+    def _start(self, index: int) -> None:
+        future = self.queued.pop(index)
+        live = self.live[index] = Live(future)
+        future.begin()
+        self.records.started(future.last.time)
+
+        def begun(course: Course) -> None:
+            live.course = course
+
+        desk = Desk(self.meet)
+        self._go(index, lambda: self.meet.start(index, lambda: play(self.pipe, self.runs, future.request, desk, begun)))
+
+    def _go(self, index: int, onward: Callable[[], None]) -> None:
+        """Let a request go on, and take up what it asks for next, or its end."""
+        onward()
+        for ended in self.meet.ended:
+            self._end(ended)
+        self.meet.ended.clear()
+        if index in self.meet.asked:
+            self._take(index, *self.meet.asked[index])
+
+    def _end(self, ended: Ended) -> None:
+        live = self.live.pop(ended.key)
+        self.scheduler.end(ended.key)
+        if ended.error is not None and not isinstance(ended.error, Exception):
+            live.future.finish(error=ended.error)
+            raise ended.error  # Ctrl-C, and the like, is not one request's
+        output, report = (None, None) if ended.value is None else ended.value
+        if report is None and live.course is not None:
+            report = report_of(live.course, self.runs)
+        self.records.ended(live.future.finish(output, report, ended.error))
+
+    def _take(self, index: int, question: Question, ambient: Ambient) -> None:
+        """Put a question where it is answered: with the others to be read, or in a lane."""
+        if isinstance(question, Read):
+            self._readings[index] = question
+            return
+        if isinstance(question, Plain):
+            self.live[index].kind = "full"
+            self.scheduler.post(index, Lane.FULL, ("alone", index), step=-1)
+            return
+        live, position = self.live[index], question.position
+        if position.index > live.step:
+            live.step = position.index
+            live.future.tell("step", position.index, position.total)
+            if position.index >= 1 and self.scheduler.memory is not None:
+                self.scheduler.weigh(index, self._bytes(live, question))
+        inputs = tuple(id(value) for value in question.arguments.values())
+        live.kind = "draft" if question.mode.drafts else "redone" if inputs == live.drafted else "full"
+        live.drafted = inputs if question.mode is Mode.CHECKED else ()
+        bucket = self.packer.bucket(question)
+        lane = Lane.DRAFT if question.mode.drafts else Lane.FULL
+        named = ("alone", index) if bucket is None else (ambient, bucket)
+        self.scheduler.post(index, lane, named, rows=question.rows, step=position.index)
+
+    def _bytes(self, live: Live, asked: Pass) -> int:
+        """What a request holds between its steps: features, outputs, what its drafts have led to, and its inputs."""
+        assert live.course is not None
+        branches = live.course.branches.values()
+        given = [v for v in asked.arguments.values() if isinstance(v, torch.Tensor)]
+        drift = 4 * given[0].numel() if given else 0  # the corrector keeps it from the first draft on
+        own = sum(v.numel() * v.element_size() for v in given) + drift
+        return sum(branch.bytes() for branch in branches) + len(branches) * own
+
+    def futures(self) -> list[Future]:
+        """Of all requests that have not ended."""
+        return [*self.queued.values(), *(live.future for live in self.live.values())]
+
+    def abandon(self, error: BaseException) -> None:
+        """End every request with an error that is none of theirs."""
+        for future in self.futures():
+            self.scheduler.end(future.index)
+            future.finish(error=error)
+        for place in (self.queued, self.live, self._readings, self.meet.asked):
+            place.clear()
+        self.meet.forget()
+
+    # ---------------------------------------------------------------------------------------------- forwards
+    def _run(self, batch: Batch) -> None:
+        """Run forwards as one, and answer those who asked."""
+        asked = [(t, *self.meet.asked[t.request]) for t in batch.tickets]
+        began = time.perf_counter()
+        found: list[Any]
+        try:
+            found = self._answers([question for _, question, _ in asked], asked[0][2])
+        except Exception as error:
+            if len(asked) > 1:  # one of them is to blame, and it shall fail alone
+                for ticket in batch.tickets:
+                    self._run(Batch(batch.lane, (ticket,)))
+                return
+            found = [error]
+        seconds = time.perf_counter() - began
+        kinds = [self.live[ticket.request].kind for ticket in batch.tickets]
+        self.records.ran(batch, kinds, began, seconds, self.scheduler.tick)
+        for ticket, answer in zip(batch.tickets, found, strict=True):
+            index, share = ticket.request, seconds * ticket.rows / batch.rows
+            if isinstance(answer, Exception):
+                self._go(index, lambda i=index, e=answer: self.meet.throw(i, e))  # type: ignore[misc]
+            else:
+                self._go(index, lambda i=index, a=(answer, share): self.meet.answer(i, a))  # type: ignore[misc]
+
+    def _answers(self, questions: Sequence[Any], ambient: Ambient) -> list[Any]:
+        here = Ambient.here(self.meet.devices)
+        ambient.restore()
+        try:
+            if isinstance(questions[0], Plain):
+                return [questions[0].forward()]
+            return list(self.packer.run(questions))
+        finally:
+            here.restore()
+
+    def _read(self) -> None:
+        """Read the numbers that requests wait for, all at once, and answer."""
+        if not self._readings:
+            return
+        readings, self._readings = self._readings, {}
+        with torch.no_grad():
+            numbers = torch.cat([r.numbers.detach().reshape(-1).float() for r in readings.values()]).tolist()
+        self.records.reads += 1
+        at = 0
+        for index, reading in readings.items():
+            count = reading.numbers.numel()
+            answer, at = numbers[at : at + count], at + count
+            self._go(index, lambda i=index, a=(answer, 0.0): self.meet.answer(i, a))  # type: ignore[misc]
