@@ -111,39 +111,18 @@ class Engine:
             for number, asked in enumerate(requests):
                 yield self._alone(Future(number, self._request(asked), self._on_event))
             return
-        source, finished = enumerate(requests), deque[Result]()
-        mine: dict[int, tuple[int, Future]] = {}
-        trouble: Exception | None = None
-        room = AHEAD * self._hub.scheduler.max_live
-        if self._hub.scheduler.max_queue is not None:
-            room = min(room, max(1, self._hub.scheduler.max_queue))
+        feed = _Feed(enumerate(requests), self._room, lambda asked: self._submit(self._request(asked)))
         try:
-            while True:
-                while trouble is None and len(mine) < room:
-                    try:
-                        number, asked = next(source)
-                        future = self._submit(self._request(asked))
-                    except StopIteration:
-                        break
-                    except Exception as error:  # raised when what came before it is done
-                        trouble = error
-                        break
-                    mine[future.index] = number, future
-                if not mine:
-                    break
-                self._advance([future for _, future in mine.values()])
-                for index in [i for i, (_, future) in mine.items() if future.done()]:
-                    number, future = mine.pop(index)
-                    finished.append(_numbered(future.outcome, number))
-                while finished:
-                    yield finished.popleft()
-            if trouble is not None:
-                raise trouble
+            while feed.fill():
+                self._advance(feed.futures)
+                yield from feed.results()
+            if feed.trouble is not None:
+                raise feed.trouble
         finally:
-            for _, future in mine.values():
+            for future in feed.futures:
                 future.cancel()
-            if mine:
-                self._advance([future for _, future in mine.values()])
+            if feed.futures:
+                self._advance(feed.futures)
 
     async def submit(self, **asked: Any) -> Future:
         """Queue a request and return at once. It runs in a thread of the engine, until `close`.
@@ -198,6 +177,13 @@ class Engine:
         plot(self._hub.records, self._hub.scheduler.max_batch, path, title)
 
     # ---------------------------------------------------------------------------------------------- inside
+    @property
+    def _room(self) -> int:
+        """Requests that `generate` has under way: those that may be live, and as many that wait."""
+        scheduler = self._hub.scheduler
+        ahead = AHEAD * scheduler.max_live
+        return ahead if scheduler.max_queue is None else min(ahead, max(1, scheduler.max_queue))
+
     def _request(self, asked: Mapping[str, Any]) -> Request:
         return Request.build(asked, self._names, self.config)
 
@@ -271,6 +257,39 @@ class Engine:
             self._tick()
 
 
+class _Feed:
+    """Requests taken from a list as they are needed, and their results in the order in which they end."""
+
+    def __init__(
+        self, source: Iterator[tuple[int, Mapping[str, Any]]], room: int, submit: Callable[[Mapping[str, Any]], Future]
+    ) -> None:
+        self.trouble: Exception | None = None
+        self._source, self._room, self._submit = source, room, submit
+        self._numbers: dict[Future, int] = {}
+
+    @property
+    def futures(self) -> list[Future]:
+        """Of requests that have not ended."""
+        return list(self._numbers)
+
+    def fill(self) -> bool:
+        """Take requests while there is room; whether any is under way. After a wrong one no more are taken."""
+        try:
+            while self.trouble is None and len(self._numbers) < self._room:
+                number, asked = next(self._source)
+                self._numbers[self._submit(asked)] = number
+        except StopIteration:
+            pass
+        except Exception as error:  # to be raised when what came before it is done
+            self.trouble = error
+        return bool(self._numbers)
+
+    def results(self) -> Iterator[Result]:
+        """Of those that have ended since."""
+        for future in [future for future in self._numbers if future.done()]:
+            yield dataclasses.replace(future.outcome, index=self._numbers.pop(future))
+
+
 def _bytes(memory: int | str | None) -> int | None:
     """Bytes from a number or a text such as "8GiB"."""
     if memory is None or (isinstance(memory, int) and not isinstance(memory, bool)):
@@ -281,7 +300,3 @@ def _bytes(memory: int | str | None) -> int | None:
         return int(float(text[: -len(unit)]) * UNITS[unit]) if unit else int(text)
     except ValueError:
         raise ConfigError(f"memory={memory!r} is no size; give bytes, or a text such as '8GiB'.") from None
-
-
-def _numbered(result: Result, number: int) -> Result:
-    return dataclasses.replace(result, index=number)

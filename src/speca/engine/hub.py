@@ -24,7 +24,7 @@ from ..speculator import Speculator
 from .desk import Desk, Plain, Question, Read
 from .packing import Packer
 from .records import Kind, Records
-from .rendezvous import Ambient, Ended, Rendezvous
+from .rendezvous import Ambient, Chance, Ended, Rendezvous
 from .request import Future, Request
 from .scheduler import Batch, Lane, Scheduler
 
@@ -71,8 +71,18 @@ def play(pipe: Any, runs: Sequence[Run], request: Request, executor: Executor, b
     for run in runs:
         run.courses[mine] = course
     begun(course)
-    output = mine(**request.call())
+    chance = Chance.here(kinds_of(runs))
+    torch.manual_seed(request.global_seed)
+    try:
+        output = mine(**request.call())
+    finally:
+        chance.restore()
     return output, report_of(course, runs)
+
+
+def kinds_of(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Kinds of the devices that the models are on, and "cpu"."""
+    return tuple(sorted({p.device.type for run in runs for p in run.model.parameters()} | {"cpu"}))
 
 
 def report_of(course: Course, runs: Sequence[Run]) -> Report | None:
@@ -104,10 +114,8 @@ class Hub:
     def __post_init__(self) -> None:
         from ..pipeline import transformers_of
 
-        models = transformers_of(self.pipe)
-        self.runs: list[Run] = [model.__dict__[ATTRIBUTE] for model in models]
-        kinds = {p.device.type for model in models for p in model.parameters()} | {"cpu"}
-        self.meet, self.packer = Rendezvous(tuple(sorted(kinds))), Packer()
+        self.runs: list[Run] = [model.__dict__[ATTRIBUTE] for model in transformers_of(self.pipe)]
+        self.meet, self.packer = Rendezvous(kinds_of(self.runs)), Packer()
         self._deadlines: list[tuple[float, int]] = []
         self._readings: dict[int, Read] = {}
 

@@ -88,6 +88,6 @@ class Packer:
             forecast=tuple(torch.cat(streams) for streams in zip(*[p.forecast for p in passes], strict=True)),
         )
         ran = self.executor.run(joined)
-        features = [f.split(counts) for f in ran.features]
+        features = [torch.split(f, counts) for f in ran.features]
         outs = rowwise.split(ran.out, counts)
         return [Ran(out, tuple(f[i] for f in features)) for i, out in enumerate(outs)]

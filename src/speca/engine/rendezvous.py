@@ -1,8 +1,8 @@
 """Functions that stop where they need something and go on when they are given it, all in one thread.
 
 Each runs in a greenlet of its own: a stack that can be left in the middle of any call, here in the middle of a
-pipeline, which never notices. What a thread carries along besides its stack (whether gradients are recorded, autocast)
-is put back at every change.
+pipeline, which never notices. What a thread carries along besides its stack (whether gradients are recorded, autocast,
+the global random generators) is put back at every change.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 
@@ -41,6 +42,28 @@ class Ambient:
             if (enabled, dtype) != (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)):
                 torch.set_autocast_enabled(device, enabled)
                 torch.set_autocast_dtype(device, dtype)
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Where the global random generators stand. Some pipelines hand no generator to their scheduler, which then draws
+    from these: they must not depend on who else is drawing."""
+
+    states: tuple[tuple[str, Tensor], ...]
+
+    @classmethod
+    def here(cls, devices: tuple[str, ...]) -> Chance:
+        """As they are now."""
+        others = tuple((d, torch.get_device_module(d).get_rng_state()) for d in devices if d not in ("cpu", "meta"))
+        return cls((("cpu", torch.get_rng_state()), *others))
+
+    def restore(self) -> None:
+        """Put them back."""
+        for device, state in self.states:
+            if device == "cpu":
+                torch.set_rng_state(state)
+            else:
+                torch.get_device_module(device).set_rng_state(state)
 
 
 @dataclass(frozen=True)
@@ -87,12 +110,13 @@ class Rendezvous:
 
     def ask(self, question: Any) -> Any:
         """Called by such a function: stop until `question` is answered. Raises what is thrown in place of an answer."""
-        mine, ambient = self._here(), Ambient.here(self.devices)
+        mine, ambient, chance = self._here(), Ambient.here(self.devices), Chance.here(self.devices)
         assert mine.parent is not None, "only a function that was started may ask"
         try:
             return mine.parent.switch((question, ambient))
         finally:
             ambient.restore()
+            chance.restore()
 
     def answer(self, key: int, value: Any) -> None:
         """Let a waiting function go on with `value`, until it asks again or ends."""
@@ -126,11 +150,12 @@ class Rendezvous:
 
 @contextmanager
 def _kept(devices: tuple[str, ...]) -> Iterator[None]:
-    ambient = Ambient.here(devices)
+    ambient, chance = Ambient.here(devices), Chance.here(devices)
     try:
         yield
     finally:
         ambient.restore()
+        chance.restore()
 
 
 def demand_greenlet() -> Any:

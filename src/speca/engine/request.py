@@ -89,6 +89,14 @@ class Request:
         return {**self.arguments, "generator": torch.Generator().manual_seed(self.seed)}
 
     @property
+    def global_seed(self) -> int:
+        """For torch's own generators, which some pipelines draw from although they are given another."""
+        if self.seed is not None:
+            return self.seed
+        given = self.arguments["generator"]
+        return int((given[0] if isinstance(given, (list, tuple)) else given).initial_seed())
+
+    @property
     def size(self) -> object:
         """Equal for requests that need equal memory: their plain arguments but texts, and the shapes of tensors."""
         parts: list[object] = [self.config.anchors, self.config.history_dtype]

@@ -131,8 +131,8 @@ class Scheduler:
     def admit(self) -> list[int]:
         """The requests to be started now, in order.
 
-        A size that is not known yet is learnt from one request: until `weigh` tells it, no other one starts. One that
-        does not fit is passed by, but not for ever.
+        A size that is not known yet is learnt from one request, which starts when no other is live; and until `weigh`
+        tells what it holds, no other one starts. A request that does not fit is passed by, but not for ever.
         """
         if self.lockstep and self._live:
             return []
@@ -152,15 +152,16 @@ class Scheduler:
         return started
 
     def _fits(self, size: Hashable) -> bool:
-        need = self.known.get(size, max(self.known.values(), default=0))
-        return self.memory is None or not self._live or self.bytes + need <= self.memory
+        if self.memory is None or not self._live:
+            return True
+        return size in self.known and self.bytes + self.known[size] <= self.memory
 
     def _hold(self, queued: _Queued) -> None:
         assert self.memory is not None
         if queued.size in self.known:
             self.held[queued.request] = self.known[queued.size]
         else:
-            self.held[queued.request], self._scout = max(0, self.memory - self.bytes), queued.request
+            self.held[queued.request], self._scout = self.memory, queued.request
 
     def weigh(self, request: int, size: int) -> None:
         """Told that a live request holds `size` bytes, and so will each of its size."""
