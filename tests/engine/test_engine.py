@@ -53,7 +53,7 @@ def test_no_decision_depends_on_the_company() -> None:
     changed = []
 
     @settings(max_examples=200, **TRACE)
-    @given(numbers=st.lists(st.integers(0, 15), min_size=2, max_size=8), how=HOW)
+    @given(numbers=st.lists(st.integers(0, 15), min_size=2, max_size=5), how=HOW)
     def trace(numbers: list[int], how: dict[str, Any]) -> None:
         changed.append(numbers)
         mix("tiny-dit", 16).demand_same(numbers, **how)

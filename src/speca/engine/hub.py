@@ -168,7 +168,7 @@ class Hub:
         self._readings.pop(index, None)
         if index in self.queued:
             self.scheduler.end(index)
-            self.queued.pop(index).finish(error=error)
+            self.records.ended(self.queued.pop(index).finish(error=error))
         else:
             self.scheduler.waiting.pop(index, None)
             self._go(index, lambda: self.meet.throw(index, error))
@@ -188,9 +188,8 @@ class Hub:
     def _go(self, index: int, onward: Callable[[], None]) -> None:
         """Let a request go on, and take up what it asks for next, or its end."""
         onward()
-        for ended in self.meet.ended:
-            self._end(ended)
-        self.meet.ended.clear()
+        while self.meet.ended:
+            self._end(self.meet.ended.pop())
         if index in self.meet.asked:
             self._take(index, *self.meet.asked[index])
 

@@ -1,0 +1,104 @@
+"""The asynchronous face: futures, events, cancelling, limits, closing."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import tiny
+from engine.test_failures import STEPS, alone, demand_right, good
+from speca.engine import Engine, Future
+from speca.errors import CancelledError, ConfigError, QueueFullError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
+
+
+@pytest.fixture(scope="module")
+def case() -> tiny.Case:
+    return tiny.flux()
+
+
+def test_futures_events_and_reports(case: tiny.Case) -> None:
+    oracle = alone(case)
+
+    async def main() -> None:
+        with Engine(case.pipe, tiny.VERIFYING, max_batch=4) as engine:
+            futures = [await engine.submit(**good(case, n)) for n in range(6)]
+            told = [(e.kind, e.step, e.total) async for e in futures[5].events()]
+            for result in await asyncio.gather(*[_result(future) for future in futures]):
+                demand_right(result, oracle)
+            assert told[-1][0] == "done" and told[0][0] in ("queued", "started", "step")
+            steps = [step for kind, step, total in told if kind == "step"]
+            assert steps == sorted(set(steps)) and steps[-1] == STEPS - 1 and told[-1][2] == STEPS
+            assert futures[0].progress == 1.0 and futures[0].done()
+            report = futures[0].report
+            assert report is not None and len(report.samples[0].decisions) == STEPS
+            assert report.seconds < 5 and report.host_reads <= STEPS
+
+    asyncio.run(main())
+
+
+async def _result(future: Any) -> Any:
+    return await future
+
+
+def test_cancel_and_deadline(case: tiny.Case) -> None:
+    async def main() -> None:
+        with Engine(case.pipe, tiny.VERIFYING) as engine:
+            long = await engine.submit(**{**good(case, 0), "num_inference_steps": 400})
+            late = await engine.submit(**{**good(case, 1), "num_inference_steps": 400, "deadline": 0.05})
+            async for event in long.events():
+                if event.kind == "step" and event.step >= 3:
+                    long.cancel()
+            with pytest.raises(CancelledError, match="cancelled"):
+                await long
+            assert long.last.step < 400 and long.outcome.report is not None
+            with pytest.raises(CancelledError, match=r"deadline of 0\.05 s"):
+                await late
+            long.cancel()  # harmless
+
+    asyncio.run(main())
+
+
+def test_generate_beside_submitted_requests(case: tiny.Case) -> None:
+    oracle = alone(case)
+    with Engine(case.pipe, tiny.VERIFYING, max_batch=4) as engine:
+        future = engine.post(**good(case, 3))
+        for result in engine.generate(good(case, n) for n in range(10)):
+            demand_right(result, oracle)
+        demand_right(future.result(timeout=60), oracle)
+
+
+def test_a_full_queue_and_a_closed_engine_refuse(case: tiny.Case) -> None:
+    engine = Engine(case.pipe, max_live=1, max_queue=2)
+    futures: list[Future] = []
+    with pytest.raises(QueueFullError, match="as many as may"):
+        futures.extend(engine.post(**{**good(case, n), "num_inference_steps": 300}) for n in range(50))
+    assert 2 <= len(futures) <= 6
+    engine.close()
+    assert all(future.done() for future in futures)
+    with pytest.raises(CancelledError):
+        futures[-1].result()
+    with pytest.raises(ConfigError, match="is closed"):
+        engine.post(**good(case, 0))
+    with Engine(case.pipe, mode="one-at-a-time") as plain, pytest.raises(ConfigError, match="plain loop"):
+        plain.post(**good(case, 0))
+
+
+def test_statistics_and_the_picture(case: tiny.Case, tmp_path: Path) -> None:
+    with Engine(case.pipe, tiny.VERIFYING, threshold=0.5, max_batch=4) as engine:
+        results = list(engine.generate(good(case, n) for n in range(12)))
+        found = engine.statistics
+        engine.timeline(tmp_path / "engine.png", "twelve requests")
+    steps = "".join(s.decisions for r in results for s in r.report.samples)
+    assert (found["full"], found["accepted"], found["rejected"]) == tuple(map(steps.count, "FAR"))
+    assert found["done"] == 12 and found["failed"] == 0
+    assert 0 < found["lanes"]["full"]["occupancy"] <= 1 and found["lanes"]["full"]["longest"] <= 8
+    first = len({r.index for r in results if "self-test" in "".join(r.report.notes)})
+    assert found["lanes"]["full"]["rows"] == steps.count("F") + steps.count("R") - first
+    assert found["reads"] <= found["ticks"] and found["planning"] < found["seconds"]
+    assert Image.open(tmp_path / "engine.png").width > 800
