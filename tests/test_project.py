@@ -22,8 +22,8 @@ GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").
 
 LAYERS = (
     "errors", "config", "calibration", "core", "model", "executor", "speculator", "report", "course", "run", "hook",
-    "pipeline", "engine", "check", "zoo", "grid", "measure", "compare", "calibrating", "", "distance", "bench",
-    "cli_request", "cli_output", "cli_bench", "cli_calibrate", "cli",
+    "pipeline", "engine", "check", "zoo", "grid", "measure", "compare", "offline", "calibrating", "",
+    "distance", "bench", "cli_request", "cli_output", "cli_batch", "cli_bench", "cli_calibrate", "cli",
 )  # fmt: skip
 """Lowest first; a file imports from its own layer and from those before it. "" is `speca` itself, the public names."""
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
+from .cli_batch import batch as batch_command
 from .cli_bench import bench
 from .cli_calibrate import calibrate
 
@@ -195,6 +196,7 @@ def models(as_json: Json = False) -> None:
         output.show_models(cards)
 
 
+app.command("batch")(_one_sentence(batch_command))
 app.command()(_one_sentence(bench))
 app.command()(_one_sentence(calibrate))
 

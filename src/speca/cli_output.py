@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,44 @@ def progress(title: str, quiet: bool) -> Iterator[Ticker | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def counting(title: str, total: int, done: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar over images on stderr, with images a second; `done` of `total` are there already."""
+    if quiet:
+        yield lambda: None
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+               TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+    began, made = time.perf_counter(), 0
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total, completed=done, rate="")
+
+        def advance() -> None:
+            nonlocal made
+            made += 1
+            bar.update(task, advance=1, rate=f"{made / (time.perf_counter() - began):.2f} images/s")
+
+        yield advance
+
+
+def batch_rows(payload: dict[str, Any], out: str) -> list[Row]:
+    """What a batch made and how its forwards were packed, for `show`."""
+    counts = payload["statistics"]
+    steps = counts["full"] + counts["accepted"] + counts["rejected"]
+    lanes = [
+        (f"{name} lane", f"{lane['batches']} forwards, {lane['rows_a_batch']:.1f} rows each, {lane['seconds']:.2f} s")
+        for name, lane in counts["lanes"].items()
+    ]
+    there = payload["lines"] - payload["made"] - payload["failed"]
+    return [
+        ("images", f"{payload['made']} made, {payload['failed']} failed, {there} there before"),
+        ("time", f"{payload['seconds']:.2f} s, {payload['images_per_second']:.2f} images a second"),
+        *([("steps", f"{counts['accepted'] / steps:.0%} accepted, {counts['rejected']} rejected")] if steps else []),
+        *lanes,
+        ("written to", out),
+    ]
 
 
 def show(title: str, rows: Sequence[Row]) -> None:

@@ -136,19 +136,23 @@ def plot(records: Records, max_batch: int, path: str | Path, title: str = "") ->
     forwards = [f for f in records.forwards if f.request in shown]
     origin = min((f.began for f in forwards), default=0.0)
     place = {request: y for y, request in enumerate(requests)}
-    figure = Figure(figsize=(12, max(4.0, 0.13 * len(requests) + 3.2)), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[max(2.0, 0.1 * len(requests)), 1.2])
+    figure = Figure(figsize=(12, max(4.5, 0.105 * len(requests) + 3.0)), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[max(2.0, 0.09 * len(requests)), 1.2])
     for request in requests:
         own = [f for f in forwards if f.request == request]
         first, last = own[0].began - origin, own[-1].began + own[-1].seconds - origin
         above.plot([first, last], [place[request]] * 2, color="#d9dde2", linewidth=0.8, zorder=1)
-    for kind, colour in COLOURS.items():
-        for request in requests:
-            bars = [(f.began - origin, f.seconds) for f in forwards if f.request == request and f.kind == kind]
-            above.broken_barh(bars, (place[request] - 0.4, 0.8), color=colour, linewidth=0, zorder=2)
+        for kind in ("full", "redone"):
+            bars = [(f.began - origin, f.seconds) for f in own if f.kind == kind]
+            above.broken_barh(bars, (place[request] - 0.4, 0.8), color=COLOURS[kind], linewidth=0, zorder=2)
+    # A draft takes so little time that a bar of it would not be seen.
+    drafts = [(f.began + f.seconds / 2 - origin, place[f.request]) for f in forwards if f.kind == "draft"]
+    above.scatter(
+        *zip(*drafts, strict=True) if drafts else ([], []), s=9, color=COLOURS["draft"], linewidth=0, zorder=3
+    )
     above.set(ylim=(len(requests) - 0.3, -0.7), ylabel="request", title=title or "What each request did when")
     handles = [Patch(color=COLOURS[kind], label=MEANING[kind]) for kind in COLOURS]
-    above.legend(handles=handles, loc="lower right", fontsize=8, framealpha=0.9)
+    above.legend(handles=handles, loc="upper right", fontsize=8, frameon=False)
     batches: dict[int, Forward] = {}
     rows: dict[int, int] = {}
     for f in forwards:

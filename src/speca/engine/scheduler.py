@@ -26,7 +26,11 @@ class Lane(enum.Enum):
 
 @dataclass(frozen=True)
 class Ticket:
-    """A forward that a request waits for: `rows` rows at its step `step`, wanted since tick `since`."""
+    """A forward that a request waits for: `rows` rows at its step `step`, wanted since tick `since`.
+
+    The lower its `rank`, the sooner it runs. It is that of the request: who came first is served first and leaves first,
+    rather than all together late; and nobody waits for ever, as only a finite number came before.
+    """
 
     request: int
     lane: Lane
@@ -34,12 +38,7 @@ class Ticket:
     rows: int
     step: int
     since: int
-    priority: int = 0
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """The lower, the sooner: a priority counts as much as `PATIENCE` ticks of waiting."""
-        return self.since - PATIENCE * self.priority, self.request
+    rank: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class _Queued:
 
     @property
     def rank(self) -> tuple[int, int]:
+        """A priority counts as much as coming `PATIENCE` ticks earlier."""
         return self.since - PATIENCE * self.priority, self.request
 
 
@@ -180,7 +180,7 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------- forwards
     def post(self, request: int, lane: Lane, bucket: Hashable, *, rows: int = 1, step: int = 0) -> None:
         """A live request wants a forward, and does nothing until it has it."""
-        self.waiting[request] = Ticket(request, lane, bucket, rows, step, self.tick, self._live[request].priority)
+        self.waiting[request] = Ticket(request, lane, bucket, rows, step, self.tick, self._live[request].rank)
 
     def plan(self) -> list[Batch]:
         """What to run in this tick: every draft, and at most one batch of full forwards."""

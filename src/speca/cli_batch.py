@@ -1,0 +1,83 @@
+"""The command `speca batch`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def batch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model, a local folder, or a hub id.")],
+    prompts: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSON lines: a prompt in quotes, or an object of arguments.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for pictures, manifest.jsonl, engine.png and report.json.")] = Path(
+        "speca-batch"
+    ),
+    steps: Annotated[int, typer.Option(help="Denoising steps of lines that do not say, 4 or more.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the first line; line k uses this plus k.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's own.")] = None,
+    preset: Annotated[str, typer.Option(help="Quality dial of lines that do not say.")] = "balanced",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the preset. Repeat.")
+    ] = None,
+    mode: Annotated[
+        Literal["continuous", "lock-step", "one-at-a-time"], typer.Option(help="How requests share the model.")
+    ] = "continuous",
+    max_batch: Annotated[int, typer.Option(help="Most rows of one forward, 1 or more.")] = 16,
+    memory: Annotated[
+        str | None, typer.Option(help="What requests may hold together, e.g. 8GiB. Default: any.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda and so on. Default: cuda if there is one.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's choice.")] = None,
+) -> None:
+    """Make an image for each line of a file, many at a time. What is there already is not made again.
+
+    Exit code 1: a line failed; the others are there, and the next run tries it anew.
+    """
+    from . import cli_output as output
+    from . import cli_request as request
+    from . import zoo
+    from .engine import Engine
+    from .measure import hardware
+    from .offline import Folder, read_lines, run
+
+    config = request.configuration(preset, settings or [])
+    request.at_least(1, threads=threads)
+    request.at_least(4, steps=steps)
+    common: dict[str, Any] = {**zoo.call_arguments(model), "num_inference_steps": steps}
+    common |= {} if guidance is None else {"guidance_scale": guidance}
+    pipe = request.load(model, dtype, device, threads)
+    lines = read_lines(prompts, common, seed, lambda names: request.class_numbers(pipe, model, names))
+    folder = Folder.open(out)
+    todo = sum(not folder.has(line) for line in lines)
+    failed, began = [], time.perf_counter()
+    with Engine(pipe, config, max_batch=max_batch, memory=memory, mode=mode) as engine:
+        with output.counting(model, len(lines), len(lines) - todo, quiet=as_json) as advance:
+            for result in run(engine, lines, folder):
+                failed += [] if result.error is None else [result]
+                advance()
+        seconds = time.perf_counter() - began
+        statistics = engine.statistics
+        if todo and mode != "one-at-a-time":
+            engine.timeline(out / "engine.png", f"{model}: {todo} requests, {todo / seconds:.2f} images a second")
+    payload = {
+        "model": model, "lines": len(lines), "made": todo - len(failed), "failed": len(failed), "seconds": seconds,
+        "images_per_second": (todo - len(failed)) / seconds, "mode": mode, "preset": preset, "statistics": statistics,
+        "command": shlex.join(["speca", *sys.argv[1:]]), "hardware": hardware(pipe),
+    }  # fmt: skip
+    (out / "report.json").write_text(output.to_json(payload) + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(output.to_json(payload))
+    else:
+        output.show(f"{model}, {preset}", output.batch_rows(payload, str(out)))
+    if failed:
+        typer.echo(f"speca: {len(failed)} of {len(lines)} lines failed; see manifest.jsonl.", err=True)
+        raise typer.Exit(1)
