@@ -60,20 +60,21 @@ def draw_clips(data: Dataset, count: int, generator: torch.Generator) -> list[Cl
     return clips
 
 
-def render(data: Dataset, clips: list[Clip]) -> Tensor:
-    """The clips' pixels on white, (N, 3, 17, 64, 64) in [-1, 1]."""
-    out = torch.empty(len(clips), 3, FRAMES, SIDE, SIDE)
+def render(data: Dataset, clips: list[Clip], frames: slice = slice(None)) -> Tensor:
+    """The clips' pixels on white, (N, 3, 17, 64, 64) in [-1, 1], or only those of some `frames`."""
+    count = len(range(FRAMES)[frames])
+    out = torch.empty(len(clips), 3, count, SIDE, SIDE)
     for n, clip in enumerate(clips):
         pixels = data.pixels[clip.sprite].float() / 255
         pixels = torch.cat([pixels[:3] * pixels[3:], pixels[3:]])  # premultiplied, or edges take the clear pixels' hue
         small = F.interpolate(pixels[None], (clip.side, clip.side), mode="bilinear", antialias=True)
         small = F.pad(small, (2, 2, 2, 2))
         scale = SIDE / (clip.side + 4)
-        theta = torch.zeros(FRAMES, 2, 3)
+        theta = torch.zeros(count, 2, 3)
         theta[:, 0, 0] = theta[:, 1, 1] = scale
-        theta[:, :, 2] = -scale * (clip.path / SIDE * 2 - 1)
-        grid = F.affine_grid(theta, [FRAMES, 4, SIDE, SIDE], align_corners=False)
-        moved = F.grid_sample(small.expand(FRAMES, -1, -1, -1), grid, align_corners=False)
+        theta[:, :, 2] = -scale * (clip.path[frames] / SIDE * 2 - 1)
+        grid = F.affine_grid(theta, [count, 4, SIDE, SIDE], align_corners=False)
+        moved = F.grid_sample(small.expand(count, -1, -1, -1), grid, align_corners=False)
         out[n] = ((moved[:, :3] + 1 - moved[:, 3:]) * 2 - 1).transpose(0, 1)
     return out.clamp(-1, 1)
 

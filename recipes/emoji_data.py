@@ -111,8 +111,11 @@ def load(folder: Path) -> Dataset:
     with tarfile.open(archives["flat"]) as archive:
         table = json.load(archive.extractfile("package/emoji.json"))  # type: ignore[arg-type]
     known = {_key(row["unified"].lower()): row for row in table if row["category"].lower() in GROUPS}
-    pictures = torch.load(cache) if cache.exists() else _pictures(archives, set(known))
-    torch.save(pictures, cache)
+    if cache.exists():
+        pictures = torch.load(cache)
+    else:
+        pictures = _pictures(archives, set(known))
+        torch.save(pictures, cache)
     emoji, pixels = [], []
     for (style, key), picture in sorted(pictures.items()):
         row = known[key]
