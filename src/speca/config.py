@@ -42,6 +42,9 @@ class SpecaConfig:
         speedup: of controller "planned", a budget, 1 or more: no sample takes more than `steps / speedup` full steps,
             and no period is shorter than an even share of what is left; 0 is no budget.
         schedule: of controller "schedule", the indices of the full steps.
+        drafts: what a draft forecasts: "features", what enters the verify block, which can be checked and goes through
+            the model's own head; "output", the model's output, which costs nothing of the model and cannot be checked;
+            "auto", the output where a prior is at hand. Outputs need a linear sampler, else features are forecast.
         history_dtype: storage of kept features: "model" (as computed), "float32", "bfloat16" or "float16".
     """
 
@@ -62,6 +65,7 @@ class SpecaConfig:
     tolerance: float = 0.01
     speedup: float = 0.0
     schedule: tuple[int, ...] = ()
+    drafts: Literal["auto", "features", "output"] = "auto"
     history_dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
 
     def __post_init__(self) -> None:
@@ -82,6 +86,11 @@ class SpecaConfig:
             raise ConfigError(f"speedup={self.speedup} is a budget of controller 'planned', not {self.controller!r}.")
         if 0 < self.speedup < 1:
             raise ConfigError(f"speedup={self.speedup} would be a slow-down; use 1 or more, or 0 for no budget.")
+        if self.drafts == "output" and self.controller in ("speca", "released") and self.verify:
+            raise ConfigError(
+                f"drafts='output' cannot be checked, as controller {self.controller!r} does; use controller='planned', "
+                "or drafts='features'."
+            )
         if self.min_draft > self.max_draft:
             raise ConfigError(
                 f"min_draft={self.min_draft} exceeds max_draft={self.max_draft}; lower min_draft or raise max_draft."

@@ -8,9 +8,10 @@ from typing import Any
 
 from .core.controller import Trajectory
 from .core.corrector import Transition
+from .core.prior import Prior
 from .errors import NotEnabledError
 from .model.calls import Branches, Call, Clock
-from .model.sampler import transitions
+from .model.sampler import noise_axis, transitions
 from .report import Report, SampleReport
 from .speculator import Branch, Speculator, Spent
 
@@ -70,6 +71,11 @@ class Course:
                 found = (), f"{type(scheduler).__name__} has {len(found[0])} timesteps for {total} steps"
             self._transitions = found
         return self._transitions
+
+    def prior(self, prior: Prior) -> Prior:
+        """The prior as it is at the steps of this run; to be asked only where `transitions` are known."""
+        assert self._scheduler is not None
+        return prior.at(noise_axis(self._scheduler()))
 
     def missed(self, step: int) -> None:
         """Begin branches anew that left out the step before `step`: their features are old and need not be kept."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .config import MIN_STEPS, SpecaConfig
 from .core.controller import FULL
 from .core.corrector import Transition
+from .core.prior import Prior
 from .course import Course
 from .errors import NotEnabledError
 from .executor import Executor
@@ -42,13 +43,14 @@ class Run:
     """
 
     def __init__(
-        self, model: nn.Module, config: SpecaConfig, home: Any, scheduler: Any = None, steps: int | None = None
-    ) -> None:
+        self, model: nn.Module, config: SpecaConfig, home: Any, scheduler: Any = None, steps: int | None = None,
+        prior: Prior | None = None,
+    ) -> None:  # fmt: skip
         """`home` was enabled: a pipeline, or the model itself, then with its scheduler or number of steps."""
         self.model, self.config = model, config
         self.scheduler, self.steps = scheduler, steps
         self.gate = Gate(model)
-        self.speculator = Speculator(config, Executor())
+        self.speculator = Speculator(config, Executor(), prior)
         self.findings: dict[tuple[object, object, bool], Discovery] = {}
         self._renewals = 0  # of the blocks that the findings are about
         self.before: dict[str, Any] = {}
@@ -165,9 +167,9 @@ class Run:
         key = (kind, rowwise.owners(arguments, rows), branch.uneven)
         try:
             linear = self._transitions(course, branch, here)
-            return self._answer(
-                course, Work(branch, here, self.gate, self._known(key), forward, arguments, linear), key
-            )
+            prior = self._prior(course, branch, here, linear)
+            work = Work(branch, here, self.gate, self._known(key), forward, arguments, linear, prior)
+            return self._answer(course, work, key)
         finally:
             course.count(rows, type(self.model).__name__)
 
@@ -180,6 +182,21 @@ class Run:
         if reason := reason or branch.uncorrected:
             course.note(f"nothing is corrected: {reason}.")
         return () if branch.uncorrected else found
+
+    def _prior(
+        self, course: Course, branch: Branch, position: Position, linear: Sequence[Transition]
+    ) -> Prior | None:
+        """What is known of this run beforehand; it places the full steps as the run begins."""
+        speculator = self.speculator_of(course)
+        if speculator.prior is None or not (linear and speculator.controller.heeds_prior):
+            return None
+        if course.begin or not speculator.config.corrector:
+            course.note("the prior is not used: it needs the corrector, and a run from the first step on.")
+            return None
+        prior = course.prior(speculator.prior)
+        if branch.last < 0:
+            speculator.place(branch, prior, linear)
+        return prior
 
     def _known(self, key: tuple[object, object, bool]) -> Discovery:
         """What was found for this kind of call; what held for many rows, or for uneven ones, holds for one, or even."""

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from .config import SpecaConfig
 from .core.controller import ACCEPTED, FULL, REJECTED, Plan, Trajectory, controller
-from .core.corrector import Corrector, Transition, quadrature
+from .core.corrector import Corrector, Transition, polynomial, quadrature
 from .core.forecast import forecaster
 from .core.history import History
+from .core.placement import cheapest, place
+from .core.prior import DEPTH, Prior
 from .core.verify import error_function
 from .errors import UnsupportedModelError
 from .executor import Executor, Pass
@@ -61,6 +63,7 @@ class Branch:
     history: History | None = None
     corrector: Corrector | None = None
     shapes: tuple[torch.Size, ...] = ()  # of one row of each kept feature
+    template: Any = None  # an output of one row, where outputs are kept in place of features
     trouble: str = ""  # why drafting was given up in mid-run
     uncorrected: str = ""  # why nothing is corrected
     uses: tuple[float, ...] = ()  # how much of its inputs each row really uses, where that was asked
@@ -141,6 +144,8 @@ class Work:
     arguments: dict[str, Any]
     transitions: Sequence[Transition] = ()
     """What the sampler does at each step; empty where that is unknown, and then nothing is corrected."""
+    prior: Prior | None = None
+    """What is known of the outputs of this run beforehand."""
 
     def on(self, rows: Sequence[int], mode: Mode, forecast: Sequence[Tensor] = ()) -> Pass:
         """The forward of `rows` of the model's own inputs."""
@@ -157,8 +162,8 @@ class Work:
 class Speculator:
     """Plays calls of gated transformers."""
 
-    def __init__(self, config: SpecaConfig, executor: Executor) -> None:
-        self.config, self.executor = config, executor
+    def __init__(self, config: SpecaConfig, executor: Executor, prior: Prior | None = None) -> None:
+        self.config, self.executor, self.prior = config, executor, prior
         self.controller = controller(config)
         self.forecast = forecaster(config.forecaster)
         self.error = error_function(config.error)
@@ -203,12 +208,27 @@ class Speculator:
             branch.forget()  # nothing is forecast from the last step
         return rowwise.merge(parts, branch.rows)
 
+    def place(self, branch: Branch, prior: Prior, transitions: Sequence[Transition]) -> None:
+        """Let the prior place the full steps of a run that is to begin, within the tolerance and the budget."""
+        c, steps = self.config, tuple(transitions)
+        if c.controller != "planned" or not (c.tolerance or c.speedup):
+            return
+        found = cheapest(prior, steps, c.tolerance) if c.tolerance else None
+        if c.speedup and (found is None or len(found.steps) > self.controller.budget(len(steps))):
+            found = place(prior, steps, max(2, self.controller.budget(len(steps))))
+        for trajectory in branch.trajectories:
+            trajectory.placement = frozenset(found.steps) if found else None
+
     def record(self, work: Work, trajectories: Sequence[Trajectory], features: Sequence[Tensor], out: Any) -> None:
         """Keep what a full pass over the rows of `trajectories` gave, features (n, ...), as their newest anchor, and
         correct `out`."""
         branch, rows = work.branch, _rows(trajectories)
         if branch.history is None:
-            branch.history = History(self.config.anchors, branch.rows, self.history_dtype)
+            branch.template = rowwise.template(out, len(rows)) if self._forecasts_output(work, out) else None
+        if branch.template is not None:
+            features = rowwise.streams(out, len(rows))
+        if branch.history is None:
+            branch.history = History(self._depth(work), branch.rows, self.history_dtype)
             branch.shapes = tuple(f.shape[1:] for f in features)
         if work.ragged:  # a part of the batch may have less padding than the whole batch had
             features = [rowwise.fit(f, (len(rows), *shape)) for f, shape in zip(features, branch.shapes, strict=True)]
@@ -218,7 +238,22 @@ class Speculator:
         if work.transitions:
             self._correct(work, trajectories, out)
         for trajectory in trajectories:
-            trajectory.anchors = [self._where(work.position), *trajectory.anchors][: self.config.anchors]
+            trajectory.anchors = [self._where(work), *trajectory.anchors][: self._depth(work)]
+
+    def _depth(self, work: Work) -> int:
+        """How many full steps are kept."""
+        return self.config.anchors if work.prior is None else DEPTH
+
+    def _forecasts_output(self, work: Work, out: Any) -> bool:
+        """Whether this run's drafts forecast the model's output rather than features."""
+        asked = self.config.drafts == "output" or (self.config.drafts == "auto" and work.prior is not None)
+        if not (asked and work.transitions):
+            return False
+        try:
+            rows = rowwise.streams(out, work.branch.rows)[0].shape[0]
+            return rowwise.main(out, rows, work.arguments) is not None
+        except UnsupportedModelError:
+            return False
 
     def _drafted(self, work: Work, taken: list[int], rows: list[int], out: Any) -> None:
         """Note for the corrector that the rows `taken`, of those of `out`, go on with a draft."""
@@ -230,9 +265,9 @@ class Speculator:
         transition = work.transitions[work.position.index]
         by_row = {row: t for t in work.branch.trajectories for row in t.rows}
         if transition.pull and self.config.corrector:
-            lacking = corrector.pulled(taken, self._weights([by_row[row] for row in taken], work.position))
+            lacking = corrector.pulled(taken, self._weights([by_row[row] for row in taken], work))
             main.index_add_(0, part, lacking.to(main.dtype))
-        corrector.draft(taken, main[part], self._where(work.position), transition)
+        corrector.draft(taken, main[part], self._where(work), transition)
 
     def _correct(self, work: Work, trajectories: Sequence[Trajectory], out: Any) -> None:
         """Move samples by what their full step tells of the drafts before it, through the model's output `out`."""
@@ -243,14 +278,16 @@ class Speculator:
             branch.uncorrected = str(problem)
             return
         if branch.corrector is None:
-            branch.corrector = Corrector(self.config.anchors, branch.rows)
-        corrector, here = branch.corrector, self._where(work.position)
+            trust = None if work.prior is None else math.inf  # its weights weigh their own error already
+            branch.corrector = Corrector(self._depth(work), branch.rows, trust)
+        corrector, here = branch.corrector, self._where(work)
         told, transition = main.clone(), work.transitions[work.position.index]
         change = torch.zeros_like(told, dtype=torch.float32)
         drafted = [t for t in trajectories if corrector.drafts[t.rows[0]]]
         if drafted and abs(transition.move) > TINY:
             moved, index = _rows(drafted), {row: i for i, row in enumerate(rows)}
-            of = {row: quadrature([here, *t.anchors], corrector.drafts[row]) for t in drafted for row in t.rows}
+            rule = polynomial if work.prior is None else work.prior.rule
+            of = {row: quadrature([here, *t.anchors], corrector.drafts[row], rule) for t in drafted for row in t.rows}
             part = torch.tensor([index[row] for row in moved], device=main.device)
             move, sizes = corrector.move(moved, told[part], [of[row] for row in moved], transition)
             self._plan_ahead(corrector, drafted, moved, sizes)
@@ -290,7 +327,7 @@ class Speculator:
         outputs, errors = [], []
         for part in parts:
             drafted = [rows[i] for i in part]
-            weights = self._weights([by_row[row] for row in drafted], work.position)
+            weights = self._weights([by_row[row] for row in drafted], work)
             out, error = self._draft_rows(work, drafted, weights, mode)
             outputs.append((part, out))
             errors += [] if error is None else [error]
@@ -300,6 +337,8 @@ class Speculator:
         """One forward as a draft of `rows`: its output and, where it is checked, their errors (n,)."""
         assert work.branch.history is not None
         streams, main = work.branch.history.forecast(rows, weights), work.finding.main
+        if work.branch.template is not None:
+            return rowwise.like(work.branch.template, streams), None
         ran = self.executor.run(work.on(rows, mode, streams))
         if not ran.features:
             return ran.out, None
@@ -327,18 +366,22 @@ class Speculator:
         self._drafted(work, taken, rows, out)
         return ([] if len(rejected) == len(trajectories) else [(rows, out)]), rejected
 
-    def _weights(self, trajectories: Sequence[Trajectory], position: Position) -> Tensor:
+    def _weights(self, trajectories: Sequence[Trajectory], work: Work) -> Tensor:
         """Forecast weights (n, K), newest anchor first, from each row's own anchors."""
-        kept = self.config.anchors
+        kept, here = self._depth(work), self._where(work)
+        if work.prior is not None:
+            known = [work.prior.rule(t.anchors, [here])[0] for t in trajectories]
+            return torch.tensor([[*w, *[0.0] * (kept - len(w))] for w in known], dtype=torch.float64)
         # Missing anchors are given distinct far positions, so that no gap is zero; their weights are zero.
         padded = [[*t.anchors, *(1e6 * (j + 1) for j in range(len(t.anchors), kept))] for t in trajectories]
         positions = torch.tensor(padded, dtype=torch.float64)
         count = torch.tensor([len(t.anchors) for t in trajectories])
-        target = torch.full((len(trajectories),), self._where(position), dtype=torch.float64)
+        target = torch.full((len(trajectories),), here, dtype=torch.float64)
         return self.forecast(positions, count, target, self.config.order)
 
-    def _where(self, position: Position) -> float:
-        return position.noise if self.config.axis == "noise" else float(position.index)
+    def _where(self, work: Work) -> float:
+        by_noise = self.config.axis == "noise" and work.prior is None
+        return work.position.noise if by_noise else float(work.position.index)
 
     def _read(self, errors: Tensor) -> list[float]:
         """The one device-to-host read of a draft call."""
@@ -350,7 +393,7 @@ class Speculator:
         spent.seconds += seconds
         costs = (
             (plans[Plan.CHECKED], finding.flops_checked),
-            (plans[Plan.UNCHECKED], finding.flops_unchecked),
+            (plans[Plan.UNCHECKED], 0.0 if work.branch.template is not None else finding.flops_unchecked),
             (full, finding.flops_full),
         )
         spent.flops += sum(len(_rows(t)) * (flops or 0.0) for t, flops in costs)

@@ -39,6 +39,7 @@ class Trajectory:
         streak: drafts since the last full step.
         period: steps from the full step before the last one to the last one, 1 if there were no drafts between.
         planned: the period that was planned at the last full step, by a controller that plans ahead.
+        placement: the steps to compute in full, where a prior has placed them.
         linear: whether its corrections are known, and with them how wrong its drafts were.
         error: error of the last verified draft since the last full step, None if there is none.
         anchors: positions of kept full steps, newest first.
@@ -55,6 +56,7 @@ class Trajectory:
     streak: int = 0
     planned: float = 2.0  # a short first draft: nothing is known of its error yet
     linear: bool = False
+    placement: frozenset[int] | None = None
     period: int = 1
     error: float | None = None
     anchors: list[float] = field(default_factory=list)
@@ -88,6 +90,7 @@ class Controller(ABC):
     """Plans each step of each sample and judges its drafts."""
 
     plans_ahead = False  # whether `observe` wants to know how large corrections are
+    heeds_prior = False  # whether a prior may replace the forecaster
 
     def __init__(self, config: SpecaConfig) -> None:
         self.config = config
@@ -146,6 +149,8 @@ class IntervalController(Controller):
 class ScheduleController(Controller):
     """Full at the steps of `schedule` and wherever too few anchors are kept, drafts never verified."""
 
+    heeds_prior = True
+
     def plan(self, trajectory: Trajectory) -> Plan:
         c = self.config
         due = trajectory.step in c.schedule or trajectory.fulls < c.anchors
@@ -160,10 +165,12 @@ class PlannedController(Controller):
     the step-size control of ODE solvers, with their safety factor and limits of change. Of a budget of
     `steps / speedup` full steps, no period is shorter than an even share of what is left.
 
+    With a prior, the full steps are where it has placed them, see `core/placement.py`.
+
     Planned drafts are not verified. Where a sampler is not linear nothing is estimated: short drafts are verified.
     """
 
-    plans_ahead = True
+    plans_ahead = heeds_prior = True
     SAFETY, SHRINK, GROW, LEAP = 0.9, 0.4, 2.0, 3.0  # a period is at most LEAP times as long as the one before it
     UNSURE = 4  # longest draft where nothing is known of its error
 
@@ -182,6 +189,8 @@ class PlannedController(Controller):
         c, t = self.config, trajectory
         left = self.budget(t.total) - t.fulls
         exact = self.threshold(t) == 0 or (c.tolerance == 0 and not c.speedup)
+        if t.placement is not None and t.fulls >= min(2, t.step) and not exact:
+            return Plan.FULL if t.step in t.placement else Plan.UNCHECKED
         if exact or t.fulls < min(c.warmup, self.budget(t.total)):
             return Plan.FULL
         if left <= 0:

@@ -17,7 +17,7 @@ model's output cancels. The size of `d` is Milne's estimate of the error that th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,19 +52,28 @@ class Draft(NamedTuple):
     transition: Transition
 
 
-def quadrature(nodes: Sequence[float], drafts: Sequence[Draft]) -> tuple[float, ...]:
+Rule = Callable[[Sequence[float], Sequence[float]], Sequence[Sequence[float]]]
+"""From K nodes and n targets to the weights (n, K) that estimate outputs at the targets from those at the nodes."""
+
+
+def polynomial(nodes: Sequence[float], targets: Sequence[float]) -> Sequence[Sequence[float]]:
+    """Lagrange's weights: those of the polynomial through all nodes."""
+    grid = torch.tensor([list(nodes)] * len(targets), dtype=torch.float64)
+    count = torch.full((len(targets),), len(nodes))
+    shares: list[list[float]] = newton(grid, count, torch.tensor(targets, dtype=torch.float64), len(nodes) - 1).tolist()
+    return shares
+
+
+def quadrature(nodes: Sequence[float], drafts: Sequence[Draft], rule: Rule = polynomial) -> tuple[float, ...]:
     """The weights `omega` (K,) of the outputs at `nodes` in what the drafts are worth to the sample after the last one.
 
     Args:
         nodes: positions of K full steps, the newest first; all different.
         drafts: the n drafts, in order.
+        rule: how outputs between the nodes are estimated: by a polynomial, or by a prior.
     """
-    grid = torch.tensor([nodes] * len(drafts), dtype=torch.float64)
-    count = torch.full((len(drafts),), len(nodes))
-    targets = torch.tensor([d.position for d in drafts], dtype=torch.float64)
-    shares = newton(grid, count, targets, len(nodes) - 1).tolist()
     omega = [0.0] * len(nodes)
-    for draft, share in zip(drafts, shares, strict=True):
+    for draft, share in zip(drafts, rule(nodes, [d.position for d in drafts]), strict=True):
         keep, move = draft.transition[:2]
         omega = [keep * o + move * s for o, s in zip(omega, share, strict=True)]
     return tuple(omega)
@@ -80,13 +89,14 @@ class Corrector:
     anchors are taken to where they belong; drafts, whose features are what they were, get the difference added.
 
     How far to go is a matter of trust: a large estimate is mostly of its own error. A move of root mean square r, in
-    units of the straight path, is shortened by `1 / (1 + (r / TRUST)^2)`.
+    units of the straight path, is shortened by `1 / (1 + (r / trust)^2)`; a prior's estimates are trusted.
 
     Outputs come rows first, `(n, ...)`. Sums are kept in fp32, buffers are freed with the object.
     """
 
-    def __init__(self, depth: int, rows: int) -> None:
-        """Keep the outputs of `depth` full steps of each of `rows` rows."""
+    def __init__(self, depth: int, rows: int, trust: float | None = None) -> None:
+        """Keep the outputs of `depth` full steps of each of `rows` rows; with an infinite `trust` moves are whole."""
+        self.trust = TRUST if trust is None else trust
         self.history = History(depth, rows)  # streams: outputs where the sample was moved to, and how much they changed
         self.drafts: list[list[Draft]] = [[] for _ in range(rows)]  # since each row's last full step
         self._drift: Tensor | None = None  # (B, ...) what those drafts have added to the sample
@@ -125,7 +135,7 @@ class Corrector:
         older = self.history.forecast(rows, weights[:, 1:])[0]
         gap = (out.float() * newest).add_(older).sub_(self._drift.index_select(0, index)).div_(1 - newest * here.pull)
         size = gap.flatten(1).square().mean(1).sqrt() / here.size
-        trust = 1 / (1 + (size / TRUST).square())
+        trust = 1 / (1 + (size / self.trust).square())
         return gap * trust.view(newest.shape), size
 
     def anchor(self, rows: Sequence[int], out: Tensor, change: Tensor) -> None:

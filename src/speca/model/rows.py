@@ -8,7 +8,7 @@ rows; everything else (position ids, sizes, dictionaries of options) is shared. 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -237,6 +237,35 @@ def tensors(out: Any) -> list[Tensor]:
         return [out]
     values = list(out.values()) if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else []
     return [tensor for value in values for tensor in tensors(value)]
+
+
+def streams(out: Any, rows: int) -> list[Tensor]:
+    """All tensors of a model's output as (B, ...), as views; raises UnsupportedModelError where one holds no B rows."""
+    found = tensors(out)
+    if not found or isinstance(out, list) or any(t.dim() == 0 or t.shape[0] % rows for t in found):
+        raise UnsupportedModelError(f"the model's output does not hold {rows} rows in each tensor.")
+    return [t if t.shape[0] == rows else t.view(rows, -1, *t.shape[1:]) for t in found]
+
+
+def template(out: Any, rows: int) -> Any:
+    """The output of one row, without content: what `like` is to be given."""
+    return _like(out, (t.new_empty((t.shape[0] // rows, *t.shape[1:])) for t in tensors(out)))
+
+
+def like(out: Any, given: Sequence[Tensor]) -> Any:
+    """An output of the structure of `out` that holds the tensors `given`, as `streams` gives them."""
+    return _like(out, iter(given))
+
+
+def _like(out: Any, given: Iterator[Tensor]) -> Any:
+    if isinstance(out, Tensor):
+        new = next(given)
+        return new if new.dim() == out.dim() else new.flatten(0, 1)
+    if isinstance(out, dict):  # includes diffusers' BaseOutput
+        return type(out)(**{k: _like(v, given) for k, v in out.items()})
+    if isinstance(out, (list, tuple)):
+        return type(out)(_like(v, given) for v in out)
+    return out
 
 
 def main(out: Any, rows: int, arguments: dict[str, Any]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.corrector import Transition
 
 SHAPE = (1, 4, 8, 8)
+STILL = 1e-6  # a step that moves a sample by less per unit of output, as the last of some schedules, only keeps it
 TOLERANCE = 1e-4  # of what is left unexplained, relative; schedulers compute in fp32
 
 
@@ -52,9 +53,15 @@ def transitions(scheduler: Any, **given: Any) -> tuple[tuple[Transition, ...], s
     return tuple(_on_path(step, size, after) for step, size, after in path), ""
 
 
+def noise_axis(scheduler: Any) -> tuple[float, ...]:
+    """Diffusion time at each of the scheduler's timesteps: about 1 at pure noise, falling."""
+    trained = float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000)
+    return tuple(float(t) / trained for t in scheduler.timesteps)
+
+
 def _on_path(step: Transition, size: float, after: float) -> Transition:
     """The transition with its `pull`; none where a sampler, as that of LCM, does not follow its sample's path."""
-    pull = (after / size - step.keep) / step.move if step.move else 0.0
+    pull = (after / size - step.keep) / step.move if abs(step.move) > STILL else 0.0
     return step._replace(pull=pull if pull * step.move < 0 else 0.0, size=size)
 
 

@@ -1,0 +1,98 @@
+"""The prior: what a model's outputs are like along its trajectories, known before a run begins.
+
+Any forecast or quadrature that is linear in the outputs `v_i` of the steps is judged by their second moments alone,
+
+    C_ij = E <v_i, v_j> / size,
+
+as the mean square of `sum_i c_i v_i` is `c C c`. The best linear estimate of `v_t` from outputs at some nodes S then has
+the weights `C_SS^-1 C_St` (Gauss and Markov; in geostatistics, kriging; as a quadrature, Bayesian). A polynomial guesses
+that outputs are smooth; this has measured how. The weights serve drafts, and the corrector, in place of a polynomial's.
+
+A `Prior` is measured once for a model, sampler and guidance, from outputs alone (`speca.calibrate`). It is a few
+kilobytes, and is taken to other numbers of steps along the noise axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+
+NUGGET = 1e-5
+"""Share of its mean square that an output is taken to be off by, as it is computed where drafts have led to."""
+
+DEPTH = 3
+"""Outputs of full steps that a draft is made of; a fourth added nothing measurable."""
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """Second moments of a model's outputs along T steps.
+
+    Attributes:
+        noise: (T,) where the steps stand: diffusion time, falling, about 1 at pure noise.
+        moments: (T, T) `C`, per element, symmetric and positive.
+
+    Raises:
+        ConfigError: shapes do not fit, or `moments` is no matrix of second moments.
+    """
+
+    noise: tuple[float, ...]
+    moments: Array
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        steps = len(self.noise)
+        whole = self.moments.shape == (steps, steps) and np.isfinite(self.moments).all()
+        if not whole or (np.diag(self.moments) <= 0).any() or not np.allclose(self.moments, self.moments.T):
+            raise ConfigError(f"this is no prior of {steps} steps; make one with speca.calibrate.")
+
+    def weights(self, nodes: Sequence[int], targets: Sequence[int]) -> Array:
+        """The best weights (targets, nodes) for the outputs at steps `targets` of those at steps `nodes`."""
+        key = (tuple(nodes), tuple(targets))
+        if key not in self._known:
+            known = self.moments[np.ix_(nodes, nodes)].copy()
+            known[np.diag_indices(len(nodes))] *= 1 + NUGGET
+            self._known[key] = np.linalg.solve(known, self.moments[np.ix_(nodes, targets)]).T
+        found: Array = self._known[key]
+        return found
+
+    def rule(self, nodes: Sequence[float], targets: Sequence[float]) -> list[list[float]]:
+        """`weights` for positions on the step axis, as plain numbers."""
+        found: list[list[float]] = self.weights([int(n) for n in nodes], [int(t) for t in targets]).tolist()
+        return found
+
+    def at(self, noise: Sequence[float]) -> Prior:
+        """The same prior for a run whose steps stand at `noise`: outputs between two steps are taken to lie between
+        theirs, so the moments are `W C W` with the weights W of linear interpolation."""
+        wanted = tuple(noise)
+        if len(wanted) == len(self.noise) and np.allclose(wanted, self.noise, atol=1e-4):
+            return self
+        if wanted not in self._known:
+            rising = np.array(self.noise[::-1])
+            units = np.eye(len(rising))[::-1]
+            mix = np.stack([np.interp(wanted, rising, unit) for unit in units.T], axis=1)
+            moments = mix @ self.moments @ mix.T
+            self._known[wanted] = Prior(wanted, (moments + moments.T) / 2)
+        found: Prior = self._known[wanted]
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the lower half of the moments, row by row, rounded to single precision."""
+        half = [[float(f"{v:.9g}") for v in row[: i + 1]] for i, row in enumerate(self.moments.tolist())]
+        return {"noise": list(self.noise), "moments": half}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Prior:
+        """What `to_dict` gave. Raises `ConfigError`, or what malformed values raise."""
+        steps = len(values["noise"])
+        moments = np.zeros((steps, steps))
+        for i, row in enumerate(values["moments"]):
+            moments[i, : i + 1] = moments[: i + 1, i] = row
+        return cls(tuple(values["noise"]), moments)
