@@ -136,11 +136,14 @@ class Hub:
         """One round: cancel, start, run, read."""
         began = time.perf_counter()
         self._give_up()
-        for index in self.scheduler.admit():
+        planning = time.perf_counter()
+        admitted = self.scheduler.admit()
+        self.records.planning += time.perf_counter() - planning
+        for index in admitted:
             self._start(index)
-        planned = time.perf_counter()
+        planning = time.perf_counter()
         batches = self.scheduler.plan()
-        self.records.planning += time.perf_counter() - planned
+        self.records.planning += time.perf_counter() - planning
         for batch in batches:
             self._run(batch)
         self._read()
@@ -222,10 +225,12 @@ class Hub:
         inputs = tuple(id(value) for value in question.arguments.values())
         live.kind = "draft" if question.mode.drafts else "redone" if inputs == live.drafted else "full"
         live.drafted = inputs if question.mode is Mode.CHECKED else ()
+        planning = time.perf_counter()
         bucket = self.packer.bucket(question)
         lane = Lane.DRAFT if question.mode.drafts else Lane.FULL
         named = ("alone", index) if bucket is None else (ambient, bucket)
         self.scheduler.post(index, lane, named, rows=question.rows, step=position.index)
+        self.records.planning += time.perf_counter() - planning
 
     def _bytes(self, live: Live, asked: Pass) -> int:
         """What a request holds between its steps: features, outputs, what its drafts have led to, and its inputs."""
