@@ -23,9 +23,10 @@ from ..run import ATTRIBUTE, Run
 from ..speculator import Speculator
 from .desk import Desk, Plain, Question, Read
 from .packing import Packer
+from .preview import watch
 from .records import Kind, Records
 from .rendezvous import Ambient, Chance, Ended, Rendezvous
-from .request import Future, Request
+from .request import Future
 from .scheduler import Batch, Lane, Scheduler
 
 
@@ -62,9 +63,12 @@ def private(pipe: Any, scheduler: Any = None) -> Any:
     return mine
 
 
-def play(pipe: Any, runs: Sequence[Run], request: Request, executor: Executor, begun: Callable[[Course], None]) -> Any:
+def play(pipe: Any, runs: Sequence[Run], future: Future, executor: Executor, begun: Callable[[Course], None]) -> Any:
     """One request from beginning to end: the pipeline's output, and the report. `begun` is told its course."""
+    request = future.request
     mine = private(pipe, request.scheduler)
+    if request.preview:
+        watch(mine.scheduler, future.show)
     owner = weakref.ref(mine)
     course = Course(lambda: getattr(owner(), "scheduler", None))
     course.speculator = Speculator(request.config, executor)
@@ -186,7 +190,7 @@ class Hub:
             live.course = course
 
         desk = Desk(self.meet)
-        self._go(index, lambda: self.meet.start(index, lambda: play(self.pipe, self.runs, future.request, desk, begun)))
+        self._go(index, lambda: self.meet.start(index, lambda: play(self.pipe, self.runs, future, desk, begun)))
 
     def _go(self, index: int, onward: Callable[[], None]) -> None:
         """Let a request go on, and take up what it asks for next, or its end."""
