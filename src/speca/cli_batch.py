@@ -5,10 +5,15 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .offline import Folder, Line
 
 
 def batch(
@@ -47,7 +52,7 @@ def batch(
     from . import zoo
     from .engine import Engine
     from .measure import hardware
-    from .offline import Folder, read_lines, run
+    from .offline import Folder, read_lines
 
     config = request.configuration(preset, settings or [])
     request.at_least(1, threads=threads)
@@ -57,20 +62,10 @@ def batch(
     pipe = request.load(model, dtype, device, threads)
     lines = read_lines(prompts, common, seed, lambda names: request.class_numbers(pipe, model, names))
     folder = Folder.open(out)
-    todo = sum(not folder.has(line) for line in lines)
-    failed, began = [], time.perf_counter()
     with Engine(pipe, config, max_batch=max_batch, memory=memory, mode=mode) as engine:
-        with output.counting(model, len(lines), len(lines) - todo, quiet=as_json) as advance:
-            for result in run(engine, lines, folder):
-                failed += [] if result.error is None else [result]
-                advance()
-        seconds = time.perf_counter() - began
-        statistics = engine.statistics
-        if todo and mode != "one-at-a-time":
-            engine.timeline(out / "engine.png", f"{model}: {todo} requests, {todo / seconds:.2f} images a second")
+        made = _make(engine, lines, folder, model, quiet=as_json)
     payload = {
-        "model": model, "lines": len(lines), "made": todo - len(failed), "failed": len(failed), "seconds": seconds,
-        "images_per_second": (todo - len(failed)) / seconds, "mode": mode, "preset": preset, "statistics": statistics,
+        "model": model, **made, "mode": mode, "preset": preset, "statistics": engine.statistics,
         "command": shlex.join(["speca", *sys.argv[1:]]), "hardware": hardware(pipe),
     }  # fmt: skip
     (out / "report.json").write_text(output.to_json(payload) + "\n", encoding="utf-8")
@@ -78,6 +73,23 @@ def batch(
         typer.echo(output.to_json(payload))
     else:
         output.show(f"{model}, {preset}", output.batch_rows(payload, str(out)))
-    if failed:
-        typer.echo(f"speca: {len(failed)} of {len(lines)} lines failed; see manifest.jsonl.", err=True)
+    if made["failed"]:
+        typer.echo(f"speca: {made['failed']} of {len(lines)} lines failed; see manifest.jsonl.", err=True)
         raise typer.Exit(1)
+
+
+def _make(engine: Engine, lines: Sequence[Line], folder: Folder, model: str, quiet: bool) -> dict[str, Any]:
+    """Run what is to do, with a progress bar and the picture of it; what was made, what failed, how fast."""
+    from . import cli_output as output
+    from .offline import run
+
+    todo, failed, began = sum(not folder.has(line) for line in lines), 0, time.perf_counter()
+    with output.counting(model, len(lines), len(lines) - todo, quiet) as advance:
+        for result in run(engine, lines, folder):
+            failed += result.error is not None
+            advance()
+    seconds, made = time.perf_counter() - began, todo - failed
+    rate = made / seconds
+    if todo and engine.mode != "one-at-a-time":
+        engine.timeline(folder.place / "engine.png", f"{model}: {todo} requests, {rate:.2f} images a second")
+    return dict(lines=len(lines), made=made, failed=failed, seconds=seconds, images_per_second=rate)

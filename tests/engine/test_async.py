@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import tiny
 from engine.test_failures import STEPS, alone, demand_right, good
-from speca.engine import Engine, Future
+from speca import zoo
+from speca.engine import Engine, Event, Future
 from speca.errors import CancelledError, ConfigError, QueueFullError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
@@ -97,8 +102,52 @@ def test_statistics_and_the_picture(case: tiny.Case, tmp_path: Path) -> None:
     steps = "".join(s.decisions for r in results for s in r.report.samples)
     assert (found["full"], found["accepted"], found["rejected"]) == tuple(map(steps.count, "FAR"))
     assert found["done"] == 12 and found["failed"] == 0
-    assert 0 < found["lanes"]["full"]["occupancy"] <= 1 and found["lanes"]["full"]["longest"] <= 8
+    assert 0 < found["lanes"]["full"]["occupancy"] <= 1 and found["lanes"]["full"]["longest"] <= 8 + 12
     first = len({r.index for r in results if "self-test" in "".join(r.report.notes)})
     assert found["lanes"]["full"]["rows"] == steps.count("F") + steps.count("R") - first
     assert found["reads"] <= found["ticks"] and found["planning"] < found["seconds"]
     assert Image.open(tmp_path / "engine.png").width > 800
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [None, diffusers.DDIMScheduler(clip_sample=False), diffusers.UniPCMultistepScheduler()],
+    ids=["flow", "ddim", "unipc"],
+)
+def test_previews_come_closer_to_the_result_and_change_nothing(scheduler: Any) -> None:
+    case = tiny.flux() if scheduler is None else tiny.dit()
+    asked = {**case.arguments, **case.conditions([2]), "num_inference_steps": 12, "generator_seed": 2}
+    asked |= {"scheduler": scheduler, "settings": dict(threshold=0.0)}
+    shown: list[torch.Tensor] = []
+
+    def listen(event: Event) -> None:
+        if event.clean is not None:
+            shown.append(event.clean)
+
+    with Engine(case.pipe, tiny.VERIFYING, on_event=listen) as engine:
+        list(engine.generate([asked]))  # its first step is that of the self-test
+        (plain,) = engine.generate([asked])
+        assert not shown
+        (result,) = engine.generate([{**asked, "preview": True}])
+    assert np.array_equal(result.output[0], plain.output[0])
+    if isinstance(scheduler, diffusers.UniPCMultistepScheduler):
+        assert not shown  # it has none to tell
+        return
+    assert len(shown) == 12
+    final = shown[-1]
+    if scheduler is None:
+        torch.testing.assert_close(final, result.output[0])  # the last step goes all the way
+    gaps = [float((clean - final).norm()) for clean in shown]
+    assert gaps[0] > gaps[6] > gaps[10] > 0
+
+
+def test_python_in_the_guide_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "engine.md").read_text(encoding="utf-8")
+    first, later = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    monkeypatch.setattr(zoo, "load", lambda name: tiny.dit().pipe)
+    said: list[tuple[Any, ...]] = []
+    exec(first, {"print": lambda *words: said.append(words)})
+    assert sorted(words[0] for words in said) == [0, 1, 2] and {len(words[1]) for words in said} == {50, 28}
+    said.clear()
+    exec(later, {"print": lambda *words: said.append(words)})
+    assert said[-2][0] == "done" and said[-1][1] == 1.0

@@ -37,7 +37,8 @@ class Engine:
         result = await future
 
     A request is a dictionary of the pipeline's own arguments, and of `preset`, `tolerance`, `speedup`, `threshold` or
-    `settings` (any fields of `SpecaConfig`), `generator_seed`, `scheduler`, `priority`, `deadline` (seconds) and `id`.
+    `settings` (any fields of `SpecaConfig`), `generator_seed`, `scheduler`, `priority`, `deadline` (seconds),
+    `preview` and `id`.
 
     The pipeline is accelerated as by `speca.enable` until `close`. It must not be called directly while requests run.
     """
@@ -224,7 +225,7 @@ class Engine:
         """The oracle: the pipeline is called, and nothing else runs."""
         future.begin()
         try:
-            output, report = play(self.pipe, self._hub.runs, future.request, Executor(), lambda course: None)
+            output, report = play(self.pipe, self._hub.runs, future, Executor(), lambda course: None)
         except Exception as error:
             return future.finish(error=error)
         return future.finish(output, report)

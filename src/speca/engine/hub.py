@@ -23,9 +23,10 @@ from ..run import ATTRIBUTE, Run
 from ..speculator import Speculator
 from .desk import Desk, Plain, Question, Read
 from .packing import Packer
+from .preview import watch
 from .records import Kind, Records
 from .rendezvous import Ambient, Chance, Ended, Rendezvous
-from .request import Future, Request
+from .request import Future
 from .scheduler import Batch, Lane, Scheduler
 
 
@@ -62,9 +63,12 @@ def private(pipe: Any, scheduler: Any = None) -> Any:
     return mine
 
 
-def play(pipe: Any, runs: Sequence[Run], request: Request, executor: Executor, begun: Callable[[Course], None]) -> Any:
+def play(pipe: Any, runs: Sequence[Run], future: Future, executor: Executor, begun: Callable[[Course], None]) -> Any:
     """One request from beginning to end: the pipeline's output, and the report. `begun` is told its course."""
+    request = future.request
     mine = private(pipe, request.scheduler)
+    if request.preview:
+        watch(mine.scheduler, future.show)
     owner = weakref.ref(mine)
     course = Course(lambda: getattr(owner(), "scheduler", None))
     course.speculator = Speculator(request.config, executor)
@@ -136,11 +140,14 @@ class Hub:
         """One round: cancel, start, run, read."""
         began = time.perf_counter()
         self._give_up()
-        for index in self.scheduler.admit():
+        planning = time.perf_counter()
+        admitted = self.scheduler.admit()
+        self.records.planning += time.perf_counter() - planning
+        for index in admitted:
             self._start(index)
-        planned = time.perf_counter()
+        planning = time.perf_counter()
         batches = self.scheduler.plan()
-        self.records.planning += time.perf_counter() - planned
+        self.records.planning += time.perf_counter() - planning
         for batch in batches:
             self._run(batch)
         self._read()
@@ -183,7 +190,7 @@ class Hub:
             live.course = course
 
         desk = Desk(self.meet)
-        self._go(index, lambda: self.meet.start(index, lambda: play(self.pipe, self.runs, future.request, desk, begun)))
+        self._go(index, lambda: self.meet.start(index, lambda: play(self.pipe, self.runs, future, desk, begun)))
 
     def _go(self, index: int, onward: Callable[[], None]) -> None:
         """Let a request go on, and take up what it asks for next, or its end."""
@@ -222,10 +229,12 @@ class Hub:
         inputs = tuple(id(value) for value in question.arguments.values())
         live.kind = "draft" if question.mode.drafts else "redone" if inputs == live.drafted else "full"
         live.drafted = inputs if question.mode is Mode.CHECKED else ()
+        planning = time.perf_counter()
         bucket = self.packer.bucket(question)
         lane = Lane.DRAFT if question.mode.drafts else Lane.FULL
         named = ("alone", index) if bucket is None else (ambient, bucket)
         self.scheduler.post(index, lane, named, rows=question.rows, step=position.index)
+        self.records.planning += time.perf_counter() - planning
 
     def _bytes(self, live: Live, asked: Pass) -> int:
         """What a request holds between its steps: features, outputs, what its drafts have led to, and its inputs."""

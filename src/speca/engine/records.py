@@ -59,7 +59,7 @@ class Records:
         submitted, done, failed: requests.
         full, accepted, rejected: steps of finished requests.
         ticks, reads: rounds, and device reads in them.
-        seconds, planning: of all rounds, and in them of the scheduler alone.
+        seconds, planning: of all rounds, and in them of admitting, naming buckets and choosing batches.
         peak_live, peak_bytes: the most that was live, and held, at a time.
     """
 

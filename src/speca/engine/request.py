@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
@@ -17,7 +18,7 @@ from ..errors import InputError, nearest
 from ..report import Report
 
 SETTINGS = ("preset", "tolerance", "speedup", "threshold", "settings")
-OWN = (*SETTINGS, "generator_seed", "scheduler", "priority", "deadline", "id")
+OWN = (*SETTINGS, "generator_seed", "scheduler", "priority", "deadline", "preview", "id")
 """What a request may say besides the arguments of the pipeline."""
 
 
@@ -32,6 +33,7 @@ class Request:
         scheduler: in place of the pipeline's; it is copied.
         priority: the higher, the sooner; one more is worth 32 ticks of waiting.
         deadline: seconds after which it is given up, None for never.
+        preview: whether its steps come with the predicted clean sample.
         id: whatever tells it from others.
     """
 
@@ -41,6 +43,7 @@ class Request:
     scheduler: Any = None
     priority: int = 0
     deadline: float | None = None
+    preview: bool = False
     id: Any = None
 
     @classmethod
@@ -79,6 +82,7 @@ class Request:
             scheduler=own.get("scheduler"),
             priority=priority,
             deadline=deadline,
+            preview=bool(own.get("preview", False)),
             id=own.get("id"),
         )
 
@@ -127,6 +131,8 @@ class Event:
         time: seconds since it was submitted.
         step, total: steps begun, and their number; 0 until that is known.
         error: why it failed.
+        clean: after a step of a request with `preview`, what the scheduler takes for the clean sample: latents as the
+            pipeline holds them.
     """
 
     kind: Literal["queued", "started", "step", "done", "failed"]
@@ -135,6 +141,7 @@ class Event:
     step: int = 0
     total: int = 0
     error: BaseException | None = None
+    clean: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +258,12 @@ class Future:
         """Something happened."""
         self._tell(Event(kind, self.index, time.perf_counter() - self.submitted, step, total))
 
+    def show(self, clean: torch.Tensor) -> None:
+        """What the sample is going to look like, after the step that was told of last."""
+        told = self.last
+        now = time.perf_counter() - self.submitted
+        self._tell(Event("step", self.index, now, told.step, told.total, clean=clean))
+
     def finish(self, output: Any = None, report: Report | None = None, error: BaseException | None = None) -> Result:
         """It has ended."""
         now = time.perf_counter()
@@ -270,7 +283,7 @@ class Future:
         return self._done.result()
 
     def _tell(self, event: Event) -> None:
-        self.last = event
+        self.last = event if event.clean is None else dataclasses.replace(event, clean=None)
         for listener in list(self._listeners):
             listener(event)
 

@@ -28,8 +28,8 @@ class Lane(enum.Enum):
 class Ticket:
     """A forward that a request waits for: `rows` rows at its step `step`, wanted since tick `since`.
 
-    The lower its `rank`, the sooner it runs. It is that of the request: who came first is served first and leaves first,
-    rather than all together late; and nobody waits for ever, as only a finite number came before.
+    The lower its `rank`, the sooner it runs. It is that of the request: who came first is served first and leaves
+    first, rather than all together late; and nobody waits for ever, as only a finite number came before.
     """
 
     request: int

@@ -1,0 +1,112 @@
+"""Measure the engine: images a second against a loop over the pipeline, and what its scheduler costs.
+
+    python recipes/engine_throughput.py                  # about ten minutes on two cores
+
+Requests of the bundled models, with 20, 30 and 40 steps in turn. The same requests by a loop with and without speca,
+in lock-step, and by the engine; rounds of all of them are interleaved and medians reported. The scheduler's share is
+that of all ticks spent on admitting requests, naming what fits together and choosing batches, with up to 64 live.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import speca
+from speca import zoo
+from speca.engine import Engine
+from speca.measure import hardware
+
+PROMPTS = ["a red apple", "two cats", "a sailing boat", "the sun", "a green tree"]
+
+
+def asked(pipe: Any, model: str, count: int) -> list[dict[str, Any]]:
+    """Requests that differ in seed, steps and condition."""
+    base = {**zoo.call_arguments(model), "output_type": "np"}
+    labelled = hasattr(pipe, "labels")
+    given = [dict(class_labels=[n % 10]) if labelled else dict(prompt=PROMPTS[n % len(PROMPTS)]) for n in range(count)]
+    return [{**base, **g, "num_inference_steps": 20 + n % 3 * 10, "generator_seed": n} for n, g in enumerate(given)]
+
+
+def loop(pipe: Any, requests: list[dict[str, Any]]) -> None:
+    """One call of the pipeline after another."""
+    for request in requests:
+        call = {n: v for n, v in request.items() if n != "generator_seed"}
+        pipe(**call, generator=torch.Generator().manual_seed(request["generator_seed"]))
+
+
+def cached_loop(pipe: Any, requests: list[dict[str, Any]]) -> None:
+    """The same, accelerated."""
+    with speca.enabled(pipe):
+        loop(pipe, requests)
+
+
+def by(mode: Any, found: dict[str, Any], **how: Any) -> Callable[[Any, list[dict[str, Any]]], None]:
+    """The engine in one of its modes; its statistics are kept in `found`."""
+
+    def run(pipe: Any, requests: list[dict[str, Any]]) -> None:
+        with Engine(pipe, mode=mode, **how) as engine:
+            for result in engine.generate(requests):
+                assert result.error is None
+            found.update(engine.statistics)
+
+    return run
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Bundled names.")] = "fashion-dit,emoji-flux",
+    count: Annotated[int, typer.Option(help="Requests.")] = 64,
+    max_batch: Annotated[int, typer.Option(help="Most rows of one forward.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; times are medians.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    out: Annotated[Path, typer.Option(help="Raw results.")] = Path("docs/results/engine-throughput.json"),
+    picture: Annotated[Path, typer.Option(help="Timeline of the last engine run.")] = Path("docs/img/engine.png"),
+) -> None:
+    """Measure and write."""
+    torch.set_num_threads(threads)
+    results: list[dict[str, Any]] = []
+    for model in models.split(","):
+        pipe = zoo.resolve(model)
+        pipe.set_progress_bar_config(disable=True)
+        requests, free, lock = asked(pipe, model, count), {}, {}
+        ways = {
+            "loop, every step full": loop,
+            "loop, speca": cached_loop,
+            "engine, lock-step": by("lock-step", lock, max_batch=max_batch),
+            "engine, continuous": by("continuous", free, max_batch=max_batch),
+        }
+        loop(pipe, requests[:2])
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, run in ways.items():
+                began = time.perf_counter()
+                run(pipe, requests)
+                taken[way].append(time.perf_counter() - began)
+        share = free["planning"] / free["seconds"]
+        for way, seconds in taken.items():
+            rate = count / median(seconds)
+            results.append(dict(model=model, way=way, images_per_second=rate, seconds=seconds))
+            print(f"{model:<12} {way:<24} {rate:6.2f} images/s")
+        for name, found in (("continuous", free), ("lock-step", lock)):
+            lane = found["lanes"]["full"]
+            rows, reads, ticks = lane["rows_a_batch"], found["reads"], found["ticks"]
+            print(f"  {name}: {rows:.1f} rows a full forward, {reads} reads in {ticks} ticks")
+        print(f"  scheduler: {share:.2%} of tick time, at most {free['peak_live']} requests live")
+        results.append(dict(model=model, scheduler_share=share, continuous=free, lock_step=lock))
+        with Engine(pipe, max_batch=max_batch, max_live=48) as engine:
+            list(engine.generate(requests[:72]))
+            engine.timeline(picture, f"{model}: 72 requests of 20, 30 and 40 steps, preset balanced")
+    about = dict(command="python recipes/engine_throughput.py", requests=count, max_batch=max_batch, threads=threads,
+                 rounds=rounds, hardware=hardware(pipe))  # fmt: skip
+    out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
