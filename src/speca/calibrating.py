@@ -1,21 +1,20 @@
-"""calibrate: the loosest tolerance that meets a quality, found on tuning seeds and tried on fresh ones."""
+"""calibrate: the prior of a model, and the fewest full steps that meet a quality with it, tried on fresh seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from .calibration import Calibration, Trial
 from .compare import psnr, quantile
 from .config import SpecaConfig
+from .core.placement import LEAST, place
 from .errors import InputError
-from .measure import example_call, generate, joined, run_once, split, steps_of
+from .measure import example_call, generate, joined, run_once, split
 from .pipeline import transformers_of
+from .recording import Recording, record
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 """Told in words what comes next."""
 
-TIGHTEST, LOOSEST, FACTOR = 0.0005, 0.5, 2.0
 TUNING_SEED, FRESH_SEED = 600_000, 700_000
+MARGIN = 1.001  # the tolerance is a little above the error expected, so that rounding does not ask for one step more
 
 
 def calibrate(
@@ -37,19 +36,20 @@ def calibrate(
     batch: int = 16,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Find the loosest tolerance at which samples stay within `target_psnr` dB of their own full run.
+    """Measure the prior of a model, and find the fewest full steps with which samples stay near their own full run.
 
         calibration = speca.calibrate(pipe, target_psnr=35)
         calibration.save("flux-35.json")
         speca.enable(pipe, calibration="flux-35.json")
 
-    Tolerances are tried from tight to loose, each twice the one before, until one fails; the last step is halved once
-    more. One passes if the k-th smallest PSNR of its n samples meets the target, `k = floor((n + 1) (1 - confidence))`:
-    the bound of split conformal prediction, which a fresh sample meets with this confidence, whatever the distribution.
-    As the best of several is taken, it is then tried on as many fresh seeds, and what those gave is reported.
+    The outputs of full runs of the tuning seeds give the prior, see `core/prior.py`; no model is trained. Numbers of
+    full steps, placed by it, are then tried by bisection. One passes if the k-th smallest PSNR of its n samples meets
+    the target, `k = floor((n + 1) (1 - confidence))`: the bound of split conformal prediction, which a fresh sample
+    meets with this confidence, whatever the distribution. As the best of several is taken, and the prior is of the same
+    samples, it is then tried on as many fresh seeds, and what those gave is reported.
 
     Args:
-        pipe: a pipeline whose sampler is linear; others have no estimate to plan by.
+        pipe: a pipeline whose sampler is linear; others cannot be corrected.
         call_kwargs: its arguments; lists with one entry a sample hold `2 * samples` of them, the second half for the
             fresh seeds. By default its classes, or a few plain prompts, in turn, and the pipeline's own steps.
         target_psnr: in dB, above 0.
@@ -58,7 +58,7 @@ def calibrate(
         batch: samples in one call.
 
     Raises:
-        InputError: a value out of range, the sampler is not linear, or the tightest tolerance misses the target.
+        InputError: a value out of range, the sampler is not linear, or half the steps in full miss the target.
     """
     least = math.ceil(1 / (1 - confidence) - 1 - 1e-9) if 0 < confidence < 1 else 0
     if not least or target_psnr <= 0 or samples < least:
@@ -68,62 +68,61 @@ def calibrate(
         )
     seeds = [*range(TUNING_SEED, TUNING_SEED + samples), *range(FRESH_SEED, FRESH_SEED + samples)]
     call = call_kwargs if call_kwargs is not None else example_call(pipe, seeds)
-    tuning, fresh = (
-        _Half(pipe, *part, name, min(batch, samples), confidence, progress)
-        for part, name in zip(split(call, seeds, samples), ("tuning", "fresh"), strict=True)
-    )
-    trials = _search(tuning.attempt, target_psnr)
-    best = max((t for t in trials if t.bound >= target_psnr), key=lambda t: t.tolerance, default=None)
+    (tuning_call, tuning_seeds), (fresh_call, fresh_seeds) = split(call, seeds, samples)
+    told, batch = progress or (lambda words: None), min(batch, samples)
+    told("full run on tuning seeds")
+    recording = record(pipe, tuning_call, tuning_seeds, batch)
+    tuning = _Half(pipe, tuning_call, tuning_seeds, recording, confidence, batch)
+    steps = len(recording.transitions)
+
+    def attempt(full: int) -> Trial:
+        told(f"{full} full steps on tuning seeds")
+        return tuning.attempt(place(recording.prior, recording.transitions, full).error * MARGIN)
+
+    trials = _search(attempt, max(LEAST, steps // 10), steps // 2, target_psnr)
+    best = min((t for t in trials if t.bound >= target_psnr), key=lambda t: t.full_steps, default=None)
     if best is None:
-        raise InputError(
-            f"the tightest tolerance, {TIGHTEST}, gives {trials[0].bound:.1f} dB, not {target_psnr:g}; ask for less."
-        )
+        most = max(trials, key=lambda t: t.full_steps)
+        raise InputError(f"{most.full_steps} full steps give {most.bound:.1f} dB, not {target_psnr:g}; ask for less.")
+    told("fresh seeds")
+    images = joined(
+        [run_once(pipe, *part, None) for part in split(fresh_call, fresh_seeds, min(batch, samples))]
+    ).images
+    fresh = _Half(pipe, fresh_call, fresh_seeds, replace(recording, images=images), confidence, min(batch, samples))
     trial = fresh.attempt(best.tolerance)
     met = sum(value >= target_psnr for value in fresh.values)
     low, high = wilson(met, samples)
     return Calibration(
         model=type(transformers_of(pipe)[0]).__name__, scheduler=type(pipe.scheduler).__name__,
-        steps=steps_of(pipe, call), target_psnr=target_psnr, confidence=confidence, tolerance=best.tolerance,
+        steps=steps, target_psnr=target_psnr, confidence=confidence, tolerance=best.tolerance,
         speedup=trial.speedup, fresh_median=trial.median, fresh_p5=trial.p5, fresh_met=met / samples, fresh_low=low,
         fresh_high=high, tuning_seeds=(TUNING_SEED, samples), fresh_seeds=(FRESH_SEED, samples), trials=tuple(trials),
+        prior=recording.prior,
     )  # fmt: skip
 
 
 @dataclass
 class _Half:
-    """The tuning seeds or the fresh ones: their full run, and the PSNR of each sample in the last attempt."""
+    """The tuning seeds or the fresh ones, and the PSNR of each sample in the last attempt."""
 
     pipe: DiffusionPipeline
     call: dict[str, Any]
     seeds: list[int]
-    name: str
-    batch: int
+    recording: Recording
     confidence: float
-    progress: Progress | None
+    batch: int
     values: list[float] = field(default_factory=list)
 
-    @cached_property
-    def full(self) -> Tensor:
-        """Pictures of the run without acceleration."""
-        self._tell(f"full run on {self.name} seeds")
-        return joined([run_once(self.pipe, *part, None) for part in split(self.call, self.seeds, self.batch)]).images
-
     def attempt(self, tolerance: float) -> Trial:
-        """What `tolerance` gives; InputError where nothing can be planned by it."""
-        full = self.full
-        self._tell(f"tolerance {tolerance:.4g} on {self.name} seeds")
-        made = generate(self.pipe, self.call, self.seeds, SpecaConfig.build(tolerance=tolerance), batch=self.batch)
+        """What `tolerance` gives with the prior of the recording."""
+        config = SpecaConfig.build(tolerance=tolerance)
+        made = generate(self.pipe, self.call, self.seeds, config, batch=self.batch, calibration=self.recording.prior)
         assert made.report is not None
-        if reasons := [note for note in made.report.notes if "nothing is corrected" in note]:
-            raise InputError(f"there is nothing to calibrate: {reasons[0]} Use a linear sampler, such as flow Euler.")
-        self.values = psnr(made.images, full).tolist()
+        self.values = psnr(made.images, self.recording.images).tolist()
         k = math.floor((len(self.values) + 1) * (1 - self.confidence) + 1e-9)
         median, p5 = quantile(self.values, 0.5), quantile(self.values, 0.05)
-        return Trial(tolerance, made.report.flops_speedup, median, p5, sorted(self.values)[k - 1])
-
-    def _tell(self, words: str) -> None:
-        if self.progress:
-            self.progress(words)
+        full = max(sample.full + sample.rejected for sample in made.report.samples)
+        return Trial(full, tolerance, made.report.flops_speedup, median, p5, sorted(self.values)[k - 1])
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -135,12 +134,11 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return min(share, max(0.0, (middle - width) / scale)), max(share, min(1.0, (middle + width) / scale))
 
 
-def _search(attempt: Callable[[float], Trial], target: float) -> list[Trial]:
-    """Trials from tight to loose, up to the first that fails, and one between it and the last that passed."""
-    trials, tolerance = [attempt(TIGHTEST)], TIGHTEST
-    while trials[-1].bound >= target and tolerance * FACTOR <= LOOSEST:
-        tolerance *= FACTOR
-        trials.append(attempt(tolerance))
-    if len(trials) > 1 and trials[-1].bound < target:
-        trials.append(attempt(tolerance / math.sqrt(FACTOR)))
+def _search(attempt: Callable[[int], Trial], few: int, many: int, target: float) -> list[Trial]:
+    """Trials by bisection for the fewest full steps, of `few` to `many`, whose bound meets the target."""
+    trials = []
+    while few <= many:
+        middle = (few + many) // 2
+        trials.append(attempt(middle))
+        few, many = (few, middle - 1) if trials[-1].bound >= target else (middle + 1, many)
     return trials

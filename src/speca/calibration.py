@@ -1,4 +1,7 @@
-"""What `speca.calibrate` found for one model and sampler: a small JSON file that `speca.enable` takes."""
+"""What `speca.calibrate` found for one model and sampler: a small JSON file that `speca.enable` takes.
+
+A folder of `save_pretrained` may bring one along, called `speca.json`; `enable` then uses its prior.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .config import PRESETS
+from .core.prior import Prior
 from .errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
+BESIDE = "speca.json"
+"""The calibration that comes with a model, in its folder."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One tolerance on the tuning seeds: realised FLOPs speed-up, and PSNR in dB to the own full run."""
+    """A number of full steps on the tuning seeds: the error the prior expects at the end, the realised FLOPs speed-up,
+    and PSNR in dB to the own full run."""
 
+    full_steps: int
     tolerance: float
     speedup: float
     median: float
@@ -26,7 +35,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The loosest tolerance that met a target, what it gives, and what it was found on.
+    """The prior of a model, the loosest tolerance that met a target with it, what that gives, and what it was found on.
 
     Attributes:
         model, scheduler: classes of the transformer and the scheduler; `enable` refuses others.
@@ -37,7 +46,8 @@ class Calibration:
         fresh_median, fresh_p5: PSNR in dB on fresh seeds.
         fresh_met: share of fresh samples that met the target; fresh_low, fresh_high: its 95 % interval (Wilson).
         tuning_seeds, fresh_seeds: first seed and number.
-        trials: every tolerance that was tried.
+        trials: every number of full steps that was tried.
+        prior: the second moments of the model's outputs, of the tuning seeds.
     """
 
     model: str
@@ -55,14 +65,17 @@ class Calibration:
     tuning_seeds: tuple[int, int]
     fresh_seeds: tuple[int, int]
     trials: tuple[Trial, ...]
+    prior: Prior
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the version of the format."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        shallow = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shallow |= {"trials": [dataclasses.asdict(t) for t in self.trials], "prior": self.prior.to_dict()}
+        return {"format": FORMAT, **shallow}
 
     def save(self, path: str | Path) -> None:
         """Write the JSON that `load` and `speca.enable(pipe, calibration=path)` read."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -76,10 +89,30 @@ class Calibration:
             if values.pop("format") != FORMAT:
                 raise ConfigError(f"{path} was written by another version of speca; calibrate again.")
             values["trials"] = tuple(Trial(**trial) for trial in values["trials"])
+            values["prior"] = Prior.from_dict(values["prior"])
             values |= {name: tuple(values[name]) for name in ("tuning_seeds", "fresh_seeds")}
             return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ConfigError(f"{path} is no calibration ({error}); make one with speca calibrate.") from error
+
+    def instead_of(self, preset: str) -> dict[str, float]:
+        """The setting that replaces the tolerance of `preset`: "balanced" meets the target, others keep their distance
+        from it."""
+        own, balanced = PRESETS[preset], PRESETS["balanced"]
+        if own.controller != balanced.controller:
+            return {}
+        return {"tolerance": self.tolerance * own.tolerance / balanced.tolerance}
+
+    @classmethod
+    def beside(cls, pipe: Any) -> Calibration | None:
+        """The calibration in the folder that a pipeline was loaded from, if there is one that fits it."""
+        folder = Path(str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or ""))
+        transformer, scheduler = getattr(pipe, "transformer", None), getattr(pipe, "scheduler", None)
+        if not (folder / BESIDE).is_file():
+            return None
+        found = cls.load(folder / BESIDE)
+        fits = (found.model, found.scheduler) == (type(transformer).__name__, type(scheduler).__name__)
+        return found if fits else None
 
     def demand_fit(self, model: str, scheduler: str | None) -> None:
         """Raise `ConfigError` unless it was made for this class of transformer and of scheduler (None: not known)."""

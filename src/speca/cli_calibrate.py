@@ -22,7 +22,7 @@ def calibrate(
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: PyTorch's choice.")] = None,
 ) -> None:
-    """Find the loosest tolerance that meets a quality, on tuning seeds, and try it on fresh ones."""
+    """Measure the prior of a model, find the fewest full steps that meet a quality, and try them on fresh seeds."""
     from rich.console import Console
 
     from . import cli_request as request
@@ -43,7 +43,7 @@ def calibrate(
     found.save(out)
     for trial in found.trials:
         typer.echo(
-            f"tolerance {trial.tolerance:.4g}: {trial.speedup:.2f}x, {trial.median:.1f} dB, 5th percentile "
-            f"{trial.p5:.1f} dB, bound {trial.bound:.1f} dB"
+            f"{trial.full_steps} full steps, tolerance {trial.tolerance:.4g}: {trial.speedup:.2f}x, "
+            f"{trial.median:.1f} dB, 5th percentile {trial.p5:.1f} dB, bound {trial.bound:.1f} dB"
         )
     typer.echo(f"{found}\nwritten to {out}")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from .branch import Branch, Spent
 from .core.controller import Trajectory
 from .core.corrector import Transition
 from .core.prior import Prior
@@ -13,7 +14,7 @@ from .errors import NotEnabledError
 from .model.calls import Branches, Call, Clock
 from .model.sampler import noise_axis, transitions
 from .report import Report, SampleReport
-from .speculator import Branch, Speculator, Spent
+from .speculator import Speculator
 
 
 class Course:

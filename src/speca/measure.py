@@ -48,16 +48,17 @@ def generate(
     *,
     batch: int = 16,
     progress: Ticker | None = None,
+    **how: Any,
 ) -> Run:
     """Make one sample a seed with acceleration, at most `batch` at a time.
 
     `call_kwargs` goes to the pipeline. A list or tensor in it that is as long as `seeds` (labels, prompts,
     embeddings) has one entry a sample; every other value is shared. Sample k depends on its own seed and entries
-    only, not on `batch`.
+    only, not on `batch`. Further arguments are those of `enable`.
     """
     settings = SpecaConfig.build(config)
     chunks = split(call_kwargs, seeds, batch)
-    with ticking(pipe, progress, len(chunks) * steps_of(pipe, call_kwargs)), enabled(pipe, settings) as session:
+    with ticking(pipe, progress, len(chunks) * steps_of(pipe, call_kwargs)), enabled(pipe, settings, **how) as session:
         return joined([run_once(pipe, *chunk, session) for chunk in chunks])
 
 

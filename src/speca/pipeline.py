@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from .calibration import Calibration
-from .config import MIN_STEPS, SpecaConfig
+from .config import MIN_STEPS, PRESETS, SpecaConfig
+from .core.prior import Prior
 from .errors import ConfigError, NotEnabledError, UnsupportedModelError
 from .model.companions import demand_alone, plain_copy
 from .model.gate import block_lists, demand_free
@@ -26,7 +27,7 @@ def enable(
     *,
     scheduler: Any = None,
     num_inference_steps: int | None = None,
-    calibration: Calibration | str | Path | None = None,
+    calibration: Calibration | Prior | str | Path | Literal[False] | None = None,
     **overrides: Any,
 ) -> Any:
     """Accelerate a diffusers pipeline, or a bare transformer, in place.
@@ -45,7 +46,9 @@ def enable(
         preset: "faithful", "balanced", "fast" or "paper", or a `SpecaConfig`.
         scheduler: for a bare transformer, the scheduler whose timesteps it is given.
         num_inference_steps: for a bare transformer without scheduler, the number of steps, at least 4.
-        calibration: what `speca.calibrate` found, or its file; it gives the tolerance.
+        calibration: what `speca.calibrate` found, its file, or a `Prior` alone. It gives the prior and,
+            for a preset without `tolerance` or `speedup`, the tolerance. By default the one in the folder that the
+            pipeline came from, `speca.json`, if it is there and fits; False: none.
         **overrides: any field of `SpecaConfig`.
 
     Raises:
@@ -54,9 +57,16 @@ def enable(
         UnsupportedModelError: no diffusion transformer here, for instance a UNet.
     """
     models = transformers_of(target)
-    if calibration is not None:
-        used = scheduler if scheduler is not None else getattr(target, "scheduler", None)
-        overrides = {"tolerance": _calibrated(calibration, models[0], used), **overrides}
+    prior = calibration if isinstance(calibration, Prior) else None
+    used = scheduler if scheduler is not None else getattr(target, "scheduler", None)
+    if found := _found(calibration, target, models[0], used):
+        prior = found.prior
+        if (
+            isinstance(preset, str)
+            and preset in PRESETS
+            and not {"tolerance", "speedup", "controller"} & overrides.keys()
+        ):
+            overrides |= found.instead_of(preset)
     config = SpecaConfig.build(preset, **overrides)
     if isinstance(target, nn.Module) and scheduler is None and num_inference_steps is None:
         raise ConfigError(
@@ -75,18 +85,22 @@ def enable(
     disable(target)
     try:
         for model in models:
-            _attach(model, Run(model, config, target, scheduler, num_inference_steps))
+            _attach(model, Run(model, config, target, scheduler, num_inference_steps, prior))
     except ConfigError:  # two of them share their blocks
         disable(target)
         raise
     return target
 
 
-def _calibrated(calibration: Calibration | str | Path, model: nn.Module, scheduler: Any) -> float:
-    """The tolerance that was found for this model and scheduler."""
+def _found(calibration: Any, target: Any, model: nn.Module, scheduler: Any) -> Calibration | None:
+    """The calibration that was given, which has to fit, or the one that the pipeline came with."""
+    if calibration is None:
+        return Calibration.beside(target)
+    if calibration is False or isinstance(calibration, Prior):
+        return None
     found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
     found.demand_fit(type(model).__name__, None if scheduler is None else type(scheduler).__name__)
-    return found.tolerance
+    return found
 
 
 def disable(target: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .branch import Branch, Work
 from .config import MIN_STEPS, SpecaConfig
 from .core.controller import FULL
 from .core.corrector import Transition
@@ -28,7 +29,7 @@ from .model.gate import Gate
 from .model.overrides import CACHE_ARGUMENTS, PACKED
 from .model.probe import Discovery, Forward
 from .report import Report
-from .speculator import Branch, Speculator, Work
+from .speculator import Speculator
 
 ATTRIBUTE = "_speca_run"
 MAX_TIED = 4  # rows of one image that a pipeline may stack in one call: cond, uncond and up to two more
@@ -183,9 +184,7 @@ class Run:
             course.note(f"nothing is corrected: {reason}.")
         return () if branch.uncorrected else found
 
-    def _prior(
-        self, course: Course, branch: Branch, position: Position, linear: Sequence[Transition]
-    ) -> Prior | None:
+    def _prior(self, course: Course, branch: Branch, position: Position, linear: Sequence[Transition]) -> Prior | None:
         """What is known of this run beforehand; it places the full steps as the run begins."""
         speculator = self.speculator_of(course)
         if speculator.prior is None or not (linear and speculator.controller.heeds_prior):

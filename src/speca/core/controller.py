@@ -100,6 +100,10 @@ class Controller(ABC):
         c = self.config
         return max(c.threshold * float(c.threshold_decay**trajectory.progress), c.threshold_floor)
 
+    def budget(self, steps: int) -> int:
+        """Full steps that a sample may take in all: `steps / speedup` rounded down, at least one; no budget: all."""
+        return max(1, math.floor(steps / self.config.speedup + 1e-9)) if self.config.speedup else steps
+
     def idle(self, steps: int) -> bool:
         """Whether a run of so few steps leaves nothing to draft."""
         return steps <= self.config.warmup + self.config.final
@@ -180,10 +184,6 @@ class PlannedController(Controller):
 
     def idle(self, steps: int) -> bool:
         return self.budget(steps) >= steps and super().idle(steps)
-
-    def budget(self, steps: int) -> int:
-        """Full steps that a sample may take in all: `steps / speedup` rounded down, at least one; no budget: all."""
-        return max(1, math.floor(steps / self.config.speedup + 1e-9)) if self.config.speedup else steps
 
     def plan(self, trajectory: Trajectory) -> Plan:
         c, t = self.config, trajectory

@@ -97,7 +97,7 @@ def expected(prior: Prior, transitions: Sequence[Transition], full: set[int]) ->
             drafts, drift = [], np.zeros(total)
         else:
             weights = prior.weights([a for a, _ in anchors], [step])[0]
-            used = np.sum([w * c for w, (_, c) in zip(weights, anchors, strict=True)], axis=0)
+            used = weights @ np.stack([c for _, c in anchors])
             drift = t.keep * drift + t.move * used
             drafts.append(step)
         error = used.copy()
@@ -116,6 +116,6 @@ def _move(
     for draft, share in zip(drafts, prior.weights(nodes, drafts), strict=True):
         omega = transitions[draft].keep * omega + transitions[draft].move * share
     known = [told, *(c for _, c in anchors)]
-    gap = np.sum([o * c for o, c in zip(omega, known, strict=True)], axis=0) - drift
-    result: Array = gap / (1 - omega[0] * transitions[step].pull)
-    return result
+    gap: Array = np.stack(known).T.dot(omega) - drift
+    gap /= 1 - float(omega[0]) * transitions[step].pull
+    return gap

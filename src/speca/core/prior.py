@@ -4,9 +4,9 @@ Any forecast or quadrature that is linear in the outputs `v_i` of the steps is j
 
     C_ij = E <v_i, v_j> / size,
 
-as the mean square of `sum_i c_i v_i` is `c C c`. The best linear estimate of `v_t` from outputs at some nodes S then has
-the weights `C_SS^-1 C_St` (Gauss and Markov; in geostatistics, kriging; as a quadrature, Bayesian). A polynomial guesses
-that outputs are smooth; this has measured how. The weights serve drafts, and the corrector, in place of a polynomial's.
+as the mean square of `sum_i c_i v_i` is `c C c`. The best linear estimate of `v_t` from outputs at some nodes S then
+has the weights `C_SS^-1 C_St` (Gauss and Markov; in geostatistics, kriging; as a quadrature, Bayesian). A polynomial
+guesses that outputs are smooth; this has measured how. The weights serve drafts and the corrector instead of its own.
 
 A `Prior` is measured once for a model, sampler and guidance, from outputs alone (`speca.calibrate`). It is a few
 kilobytes, and is taken to other numbers of steps along the noise axis.

@@ -71,7 +71,7 @@ def play(pipe: Any, runs: Sequence[Run], future: Future, executor: Executor, beg
         watch(mine.scheduler, future.show)
     owner = weakref.ref(mine)
     course = Course(lambda: getattr(owner(), "scheduler", None))
-    course.speculator = Speculator(request.config, executor)
+    course.speculator = Speculator(request.config, executor, runs[0].speculator.prior)
     for run in runs:
         run.courses[mine] = course
     begun(course)
