@@ -24,15 +24,20 @@ def bench(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from . import cli_request as request
-    from .bench.methods import chosen
+    from .bench.field import chosen
     from .bench.report import write
+    from .bench.scores import arguments
     from .bench.suites import Bench
     from .bench.suites import suite as suite_called
+    from .zoo import call_arguments
 
     request.at_least(1, threads=threads)
     plan, names = suite_called(suite), [name.strip() for name in methods.split(",") if name.strip()]
     pipe = request.load(model, dtype, device, threads)
-    work = Bench(pipe, model, plan, out, chosen(names, plan.steps))
+    sizes = call_arguments(model)
+    work = Bench(
+        pipe, model, plan, out, chosen(names, plan.steps, plan.sweep), lambda p, seeds, s: arguments(p, seeds, s, sizes)
+    )
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(model)
