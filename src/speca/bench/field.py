@@ -35,6 +35,8 @@ TOLERANCES = (0.0005, 0.002, 0.005, 0.01, 0.02, 0.04, 0.1)
 TAUS = (0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
 SPEEDUPS = (2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 RATIOS = (0.1, 0.3, 1.0, 3.0, 1e6)  # of the released code's element-wise error
+RELEASED = replace(PRESETS["paper"], controller="released", error="elementwise_l1", min_draft=2)
+"""The authors' released rule with their shortest draft for DiT's demo and FLUX; both granularities use it."""
 
 
 def _interval(**fixed: Any) -> Apply:
@@ -59,50 +61,53 @@ def _every(drafts: int) -> SpecaConfig:
     return SpecaConfig(controller="interval", max_draft=drafts, warmup=3, final=0, order=1)
 
 
-def _released(threshold: float) -> SpecaConfig:
-    return replace(PRESETS["paper"], controller="released", error="elementwise_l1", min_draft=2, threshold=threshold)
-
-
 def _ours() -> list[Method]:
-    released = dict(controller="released", error="elementwise_l1")
-    return [
-        Method("speca", "tolerance", TOLERANCES, speca_with("tolerance", "balanced"), family="speca"),
-        Method("speca-budget", "speedup", SPEEDUPS, speca_with("speedup", "balanced"), family="speca"),
-        Method("speca-uncorrected", "tolerance", TOLERANCES, speca_with("tolerance", "balanced", corrector=False), family="speca"),
-        Method("speca-verified", "threshold", TAUS, speca_with("threshold"), family="speca"),
-        Method("speca-paper", "threshold", (0.05, 0.1, 0.3, 0.6, 2.0), speca_with("threshold", "paper"), family="speca"),
-        Method("speca-released", "threshold", RATIOS, speca_with("threshold", "paper", **released), family="speca"),
-        Method("released-modules", "threshold", RATIOS, per_module(_released), family="speca"),
-        Method("presets", "preset", tuple(PRESETS), speca_with("preset"), family="speca"),
-    ]  # fmt: skip
+    made: dict[str, tuple[str, tuple[Any, ...], Apply]] = {
+        "speca": ("tolerance", TOLERANCES, speca_with("tolerance", "balanced")),
+        "speca-budget": ("speedup", SPEEDUPS, speca_with("speedup", "balanced")),
+        "speca-uncorrected": ("tolerance", TOLERANCES, speca_with("tolerance", "balanced", corrector=False)),
+        "speca-verified": ("threshold", TAUS, speca_with("threshold")),
+        "speca-paper": ("threshold", (0.05, 0.1, 0.3, 0.6, 2.0), speca_with("threshold", "paper")),
+        "speca-released": ("threshold", RATIOS, speca_with("threshold", RELEASED)),
+        "released-modules": ("threshold", RATIOS, per_module(lambda value: replace(RELEASED, threshold=value))),
+        "presets": ("preset", tuple(PRESETS), speca_with("preset")),
+    }
+    return [Method(name, *rest, family="speca") for name, rest in made.items()]
 
 
 def _schedules(full: tuple[int, ...]) -> list[Method]:
-    knob, family = "full steps", "schedule"
+    plain, moved = scheduled(False), scheduled(True)
+    made: dict[str, tuple[Apply, Any]] = {
+        "random-schedule": (random_steps, None),
+        "annealed-schedule": (plain, _annealed(False)),
+        "annealed-corrected": (moved, _annealed(True)),
+        "searched-schedule": (plain, search(plain, False)),
+        "searched-corrected": (moved, search(moved, True)),
+    }
+    errors = (0.0003, 0.001, 0.002, 0.004, 0.008, 0.02)
     return [
-        Method("random-schedule", knob, full, random_steps, family=family),
-        Method("annealed-schedule", knob, full, scheduled(False), family=family, prepare=_annealed(False)),
-        Method("annealed-corrected", knob, full, scheduled(True), family=family, prepare=_annealed(True)),
-        Method("searched-schedule", knob, full, scheduled(False), family=family, prepare=search(scheduled(False), False)),
-        Method("searched-corrected", knob, full, scheduled(True), family=family, prepare=search(scheduled(True), True)),
-        Method("oracle-schedule", knob, full[1:], own_schedules, family="oracle", prepare=own_search),
-        Method("oracle-error", "tolerance", (0.0003, 0.001, 0.002, 0.004, 0.008, 0.02), own_schedules, family="oracle", prepare=own_errors),
-    ]  # fmt: skip
+        *(Method(n, "full steps", full, apply, family="schedule", prepare=p) for n, (apply, p) in made.items()),
+        Method("oracle-schedule", "full steps", full[1:], own_schedules, family="oracle", prepare=own_search),
+        Method("oracle-error", "tolerance", errors, own_schedules, family="oracle", prepare=own_errors),
+    ]
 
 
 def _rivals() -> list[Method]:
     cache = rivals.diffusers_cache
-    dit = {"knob": "setting", "values": rivals.SETTINGS, "package": "cache-dit"}
+    ranges, every = (2, 4, 8), (2, 3, 5, 7, 9)
+    made: dict[str, tuple[str, tuple[Any, ...], Apply]] = {
+        "first-block-cache": ("threshold", RESIDUALS, cache(rivals.first_block)),
+        "taylorseer-cache": ("interval", every, cache(rivals.taylorseer(False))),
+        "taylorseer-lite": ("interval", every, cache(rivals.taylorseer(True))),
+        "mag-cache": ("threshold", (0.03, 0.1, 0.3, 0.6, 1.2), cache(rivals.magnitude)),
+        "sea-cache": ("threshold", (0.05, 0.15, 0.3, 0.6, 1.2), cache(rivals.spectral, told=True)),
+        "faster-cache": ("skip range", ranges, cache(rivals.faster, told=True)),
+        "attention-broadcast": ("skip range", ranges, cache(rivals.broadcast)),
+    }
     return [
-        Method("first-block-cache", "threshold", RESIDUALS, cache(rivals.first_block), "diffusers"),
-        Method("taylorseer-cache", "interval", (2, 3, 5, 7, 9), cache(rivals.taylorseer(False)), "diffusers"),
-        Method("taylorseer-lite", "interval", (2, 3, 5, 7, 9), cache(rivals.taylorseer(True)), "diffusers"),
-        Method("mag-cache", "threshold", (0.03, 0.1, 0.3, 0.6, 1.2), cache(rivals.magnitude), "diffusers"),
-        Method("sea-cache", "threshold", (0.05, 0.15, 0.3, 0.6, 1.2), cache(rivals.spectral, told=True), "diffusers"),
-        Method("faster-cache", "skip range", (2, 4, 8), cache(rivals.faster, told=True), "diffusers"),
-        Method("attention-broadcast", "skip range", (2, 4, 8), cache(rivals.broadcast), "diffusers"),
-        Method("cache-dit", apply=rivals.cache_dit(0), **dit),
-        Method("cache-dit-taylor", apply=rivals.cache_dit(1), **dit),
+        *(Method(name, *rest, "diffusers") for name, rest in made.items()),
+        Method("cache-dit", "setting", rivals.SETTINGS, rivals.cache_dit(0), "cache-dit"),
+        Method("cache-dit-taylor", "setting", rivals.SETTINGS, rivals.cache_dit(1), "cache-dit"),
     ]
 
 
@@ -119,7 +124,8 @@ def methods(steps: int = 50) -> dict[str, Method]:
         Method("adams-bashforth", "steps", fewer, adams_bashforth, family="steps"),
         Method("reuse", "max_draft", INTERVALS, _interval(forecaster="reuse", warmup=1), family="forecast"),
         *(
-            Method(f"taylor-{k}", "max_draft", INTERVALS, _interval(forecaster="taylor", order=k, warmup=k + 1), family="forecast")
+            Method(f"taylor-{k}", "max_draft", INTERVALS, _interval(forecaster="taylor", order=k, warmup=k + 1),
+                   family="forecast")
             for k in (1, 2, 3)
         ),
         Method("taylor-modules", "max_draft", INTERVALS, per_module(_every), family="forecast"),

@@ -100,7 +100,7 @@ def _made(setup: Setup, parts: Sequence[tuple[dict[str, Any], list[int]]]) -> Ru
 
 
 class Peak:
-    """How far memory rises from now on: the allocator's on a GPU, else the process's, whose high-water mark is reset."""
+    """How far memory rises from now on: the allocator's on a GPU, else the process's, as Linux tells it."""
 
     def __init__(self, pipe: Any) -> None:
         self.device = torch.device(pipe._execution_device)

@@ -40,8 +40,8 @@ class Tower:
     """The newest full output of one module with its finite differences, and the Taylor sum over them."""
 
     def __init__(self, order: int) -> None:
-        self.order, self.terms, self.step = order, [], -1
-        self.terms: list[Tensor]
+        self.order, self.step = order, -1
+        self.terms: list[Tensor] = []
 
     def push(self, value: Tensor, step: int) -> None:
         """`d_0 = F, d_{i+1} = (d_i - old d_i) / gap`: the differences of the released code, by the newest gap alone."""
@@ -52,7 +52,7 @@ class Tower:
 
     def at(self, step: int) -> Tensor:
         ahead = step - self.step
-        total = self.terms[0]
+        total: Tensor = self.terms[0]
         for i, term in enumerate(self.terms[1:], 1):
             total = total + term * (ahead**i / math.factorial(i))
         return total
@@ -158,7 +158,7 @@ class ModuleCache:
 
 
 def per_module(settings: Callable[[Any], SpecaConfig], order: int | None = None) -> Apply:
-    """Caches of single modules under the controller of `settings(value)`; `order` None is the authors' for the model."""
+    """Caches of single modules under the controller of `settings(value)`; `order` None is the authors'."""
 
     @contextmanager
     def apply(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:
@@ -169,16 +169,16 @@ def per_module(settings: Callable[[Any], SpecaConfig], order: int | None = None)
             (part, cache.wrap(name, kind, part.forward)) for name, part, kind in cache.parts
         ]
         wrapped += [(cache.last, cache.verify(cache.last.forward)), (model, cache.forward(model.forward))]
-        before = [(part, part.__dict__.get("forward")) for part, _ in wrapped]
+        before: list[tuple[nn.Module, Any]] = [(part, part.__dict__.get("forward")) for part, _ in wrapped]
         for part, forward in wrapped:
             part.__dict__["forward"] = forward
         try:
             yield Setup(pipe, call, begin=lambda _: cache.begin(call["num_inference_steps"]), bytes=lambda: cache.held)
         finally:
-            for part, forward in before:
-                if forward is None:
+            for part, own in before:
+                if own is None:
                     del part.__dict__["forward"]
                 else:
-                    part.__dict__["forward"] = forward
+                    part.__dict__["forward"] = own
 
     return apply

@@ -1,4 +1,4 @@
-"""Oracles: methods that know each sample's own full run. None can be realised; they say what could be gained at most."""
+"""Oracles: they know each sample's own full run. None can be realised; they say what could be gained at most."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Point:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The best settings of one sweep, slowest first: those that no other is both faster and, at the median, better than.
+    """The best settings of one sweep, slowest first: none other is both faster and, at the median, better.
 
     For all methods alike, so each is seen at its best swept settings; that they are picked on the reporting seeds is in
     favour of methods with many knobs.

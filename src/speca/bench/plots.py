@@ -67,7 +67,7 @@ def plot(rows: Rows, place: Path, name: str, axis: str = "flops") -> None:
 
 def _panel(panel: Any, kind: str, others: dict[str, list[Point]], ours: Sequence[Point]) -> None:
     panel.set_title(TITLES[kind], fontsize=10, loc="left", color="#1c1917")
-    labels = []
+    labels: list[tuple[float, float, str, Any]] = []
     for index, (name, points) in enumerate(others.items()):
         colour = _shade(COLOURS[kind] if kind != "speca" else "#92400e", index, len(others))
         best = [p for p in front(points) if p.speed <= FAST]

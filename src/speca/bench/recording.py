@@ -2,8 +2,9 @@
 
 A one-step linear sampler sums the outputs `v_j` of the model with known weights. If a step is drafted, its output is a
 weighted sum of the outputs at full steps; so on the path of the full run, what drafts do to the final sample is
-`sum_q u_q v_q`, with `u` from the schedule alone, and its size follows from the inner products of the recorded outputs:
-a T x T matrix a sample. A schedule is judged in a tenth of a millisecond, without the model. Shapes: N samples, T steps.
+`sum_q u_q v_q`, with `u` from the schedule alone, and its size follows from the inner products of the recorded
+outputs, a T x T matrix a sample. So a schedule is judged without the model, in a tenth of a millisecond for each
+sample. Shapes: N samples, T steps.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Recording:
     def errors(self, schedule: Sequence[int], corrected: bool = False) -> np.ndarray:
         """Squared errors (N,) of the final samples, to first order, if only the steps of `schedule` are full."""
         u = self.effect @ (drafts(schedule, self.steps, corrected) - np.eye(self.steps))
-        return np.maximum(np.einsum("t,nts,s->n", u, self.products, u), 1e-12)
+        found: np.ndarray = np.maximum(np.einsum("t,nts,s->n", u, self.products, u), 1e-12)
+        return found
 
     def loss(self, schedule: Sequence[int], corrected: bool = False) -> float:
         """Mean logarithm of the errors: the mean PSNR, upside down."""

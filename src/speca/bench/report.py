@@ -91,7 +91,7 @@ def _of(values: Tensor | None) -> str:
 def settings_table(rows: Rows) -> list[str]:
     """Markdown: realised cost and quality of each setting."""
     lines = [
-        "| method | setting | FLOPs | seconds | full steps | PSNR median | P5 | worst | SSIM | rel. L2 | cache a sample "
+        "| method | setting | FLOPs | seconds | full steps | PSNR median | P5 | worst | SSIM | rel. L2 | kept a sample "
         "| host reads |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -235,7 +235,7 @@ def about(row: dict[str, Any]) -> list[str]:
         f"`{row['pipeline']}` with {row['transformer']} ({row['blocks']} blocks, {row['parameters'] / 1e6:.1f} M "
         f"parameters) and {row['scheduler']}, {plan['steps']} steps, {len(seeds)} samples (seeds {seeds[0]} to "
         f"{seeds[-1]}). Each is compared with the full run of its own seed. Schedules were searched, and rivals "
-        f"calibrated, on seeds from {tuning[0]}. A method's value at a speed lies between two neighbours among the best "
+        f"calibrated, on seeds from {tuning[0]}. A method's value at a speed lies between two neighbours of the best "
         "settings of its own sweep, never beyond. Names in italics are oracles: they know the full run, and no method "
         "can. A star marks a difference whose 95 % interval leaves out zero.",
         f"Hardware: {machine}. Versions: {', '.join(f'{k} {v}' for k, v in row['versions'].items())}.",
@@ -267,7 +267,7 @@ def markdown(rows: Rows) -> str:
 
 
 def _notes(rows: Rows) -> list[str]:
-    notes = next((r.get("notes", []) for r in rows if r["kind"] == "full"), [])
+    notes: list[str] = next((r.get("notes", []) for r in rows if r["kind"] == "full"), [])
     return ["", *(f"{note[0].upper()}{note[1:]}" for note in notes)] if notes else []
 
 

@@ -186,7 +186,7 @@ def _latents(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
     given: Tensor = args[0] if args else kwargs["hidden_states"]
     if given.ndim == 3:
         side = round(given.shape[1] ** 0.5)
-        given = given.transpose(1, 2).unflatten(2, (side, side))
+        given = given.transpose(1, 2).reshape(len(given), -1, side, side)
     return list((given.unsqueeze(2) if given.ndim == 4 else given).unbind(0))
 
 
@@ -219,7 +219,7 @@ def cache_dit(order: int) -> Apply:
             cls = type(thing)
             thing.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
         calibrator = library.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
-        library.enable_cache(own, cache_config=_config(library, setting), calibrator_config=calibrator)
+        library.enable_cache(own, cache_config=configuration(library, setting), calibrator_config=calibrator)
         try:
             yield Setup(own, call)
         finally:
@@ -228,7 +228,8 @@ def cache_dit(order: int) -> Apply:
     return apply
 
 
-def _config(library: Any, setting: str) -> Any:
+def configuration(library: Any, setting: str) -> Any:
+    """What `cache_dit` makes of one of SETTINGS; InputError if it is written otherwise."""
     found = _SETTING.fullmatch(setting)
     if not found:
         raise InputError(f"{setting!r} is no setting of cache-dit; write it like {SETTINGS[0]!r}.")

@@ -43,9 +43,13 @@ def arguments(pipe: Any, seeds: Sequence[int], steps: int, sizes: dict[str, Any]
     call = example_call(pipe, seeds)
     if "prompt" in call:
         moving = hasattr(pipe.vae.config, "temporal_compression_ratio") or "num_frames" in (sizes or {})
-        way = (lambda seed: f" moving {WAYS[seed // len(PROMPTS) % 4]}") if moving else (lambda seed: "")
-        call = {"prompt": [f"a {PROMPTS[seed % len(PROMPTS)][0]}{way(seed)}" for seed in seeds]}
+        call = {"prompt": [_prompt(seed, moving) for seed in seeds]}
     return {**call, **(sizes or {}), "num_inference_steps": steps}
+
+
+def _prompt(seed: int, moving: bool) -> str:
+    way = f" moving {WAYS[seed // len(PROMPTS) % len(WAYS)]}" if moving else ""
+    return f"a {PROMPTS[seed % len(PROMPTS)][0]}{way}"
 
 
 class Judge:

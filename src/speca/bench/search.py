@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from ..errors import InputError
@@ -31,10 +32,8 @@ def search(apply: Apply, corrected: bool) -> Prepare:
             return known[key]
 
         starts = [uniform_schedule(steps, full)]
-        try:
+        with contextlib.suppress(InputError):  # no linear sampler
             starts.append(anneal(ground.recording(), full, corrected))
-        except InputError:  # no linear sampler
-            pass
         best = min(starts, key=loss)
         for attempt in range(ground.tries):
             # Every other proposal takes a step's neighbour, else one that a fresh random schedule has.

@@ -182,22 +182,22 @@ def _signals_at(
             "last block": taken.errors[step].get(sample) or 0.0,
             "first block": _relative(taken.first[last], taken.first[step], rows),
             "input": _relative(taken.inputs[last], taken.inputs[step], rows),
-            "disagreement": max((a - b).norm().item() / a.norm().item() for a, b in zip(*forecasts, strict=True)),
+            "disagreement": max(float((a - b).norm() / a.norm()) for a, b in zip(*forecasts, strict=True)),
             "corrector": taken.estimates[last].get(sample, 0.0),
         }
         for name, value in values.items():
             plain.setdefault(name, []).append(value)
     out: dict[str, Any] = {"true error": _short(max(plain.pop("true error")))}
     weights = effect[list(place)].tolist()
-    for name, values in plain.items():
-        out[name] = _short(max(values))
-        out[f"{name}, weighted"] = _short(max(w * v for w, v in zip(weights, values, strict=True)))
+    for name, series in plain.items():
+        out[name] = _short(max(series))
+        out[f"{name}, weighted"] = _short(max(w * v for w, v in zip(weights, series, strict=True)))
     return out
 
 
 def _relative(one: Tensor, other: Tensor, rows: range) -> float:
     """The worse of a sample's rows: `||one - other|| / ||other||`."""
-    return max((one[r] - other[r]).norm().item() / max(other[r].norm().item(), 1e-12) for r in rows)
+    return max(float((one[r] - other[r]).norm() / other[r].norm().clamp_min(1e-12)) for r in rows)
 
 
 def _forecast(features: Sequence[Tensor], anchors: Sequence[int], step: int, rows: range) -> list[Tensor]:
@@ -239,13 +239,13 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _within(signals: Sequence[dict[str, Any]], name: str, truth: str) -> float:
     """Mean over places of the rank correlation among samples: what a signal knows beyond where it stands."""
-    found = []
+    found: list[float] = []
     for place in {r["place"] for r in signals}:
         some = [r for r in signals if r["place"] == place]
         x, y = (torch.tensor([r[n] for r in some], dtype=torch.float64) for n in (name, truth))
         if len(some) > 2 and x.std() > 0 and y.std() > 0:
             found.append(spearman(x, y))
-    return sum(found) / len(found) if found else float("nan")
+    return float(sum(found) / len(found)) if found else float("nan")
 
 
 def ranks(values: Tensor) -> Tensor:

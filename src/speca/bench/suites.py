@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, nearest
-from ..measure import Run, hardware
+from ..measure import Run, hardware, run_once
 from ..pipeline import transformers_of
 from .field import chosen
-from .measure import full_steps, played, quality, weighed
+from .measure import Cost, full_steps, played, quality, weighed
 from .methods import Method
 from .oracle import fewest_steps
 from .pareto import SPEEDS
@@ -28,6 +28,8 @@ Progress = Callable[[int, int, str], None]
 """Called with (settings done, settings in all, what comes next)."""
 
 AGAIN = 60.0  # seconds after which the full run is timed anew, as a shared machine changes its pace
+SHARE, COUNTED, PICTURE = 0.36, 1.5, 0.12
+"""For `estimate`: what a setting costs of a full run, what counting adds, seconds for the features of a picture."""
 TARGETS = (30.0, 32.0, 34.0, 36.0, 38.0, 40.0, 44.0)  # dB, of "oracle-steps"
 
 
@@ -130,6 +132,29 @@ class Bench:
     def settings(self) -> list[tuple[Method, Any]]:
         return [(method, value) for method in self.field for value in method.values]
 
+    def estimate(self) -> float:
+        """Seconds that all of it takes on this machine, from one full run of a few samples; within a third or so."""
+        seeds, plan = self.tuning[:4], self.plan
+        run_once(self.pipe, {**self.call(seeds), "num_inference_steps": 2}, seeds, None)  # the first call is slow
+        sample = run_once(self.pipe, self.call(seeds), seeds, None).seconds_total / len(seeds)
+        return sample * self.effort() + (PICTURE * self.samples_near() if plan.features else 0.0)
+
+    def effort(self) -> float:
+        """The same in full runs of one sample."""
+        plan, settings = self.plan, len(self.settings)
+        searched = [v for m in self.field for v in m.values if m.name.startswith("searched")]
+        near = 2.5 * len(self.field)  # settings near a speed of the tables
+        work: float = settings * plan.samples * SHARE * COUNTED + 2 * plan.samples
+        work += sum(plan.tuning * (plan.tries + 2) * v / plan.steps * 1.5 for v in searched)
+        for timing in plan.timings:
+            count = near if timing.near else settings
+            work += timing.rounds * timing.batch * (count * SHARE * 1.2 + len(self.field) / 2)
+        return work + plan.signals * 12 * 2.5
+
+    def samples_near(self) -> float:
+        """Pictures that features are taken of."""
+        return self.plan.samples * 2.5 * len(self.field)
+
     def run(self, progress: Progress | None = None) -> list[dict[str, Any]]:
         """Do what is missing, and return all rows."""
         self._tell = progress or (lambda done, total, what: None)
@@ -154,12 +179,12 @@ class Bench:
             self._write({"kind": "full", **scores, "notes": judge.notes})
         for method, value in missing:
             self._next(f"{method.name} {value}")
-            self._quality(method, value, full, cost.flops, judge)
+            self._quality(method, value, full, cost, judge)
         for row in fewest_steps(self.rows, "searched-schedule", TARGETS):
             if not self._has("quality", row["method"], row["value"]):
                 self._write(row)
 
-    def _quality(self, method: Method, value: Any, full: Run, flops_full: int, judge: Judge) -> None:
+    def _quality(self, method: Method, value: Any, full: Run, full_cost: Cost, judge: Judge) -> None:
         row: dict[str, Any] = {"kind": "quality", "method": method.name, "knob": method.knob, "value": value}
         row |= {"family": method.family, "package": method.package, "steps": self.plan.steps}
         try:
@@ -171,6 +196,7 @@ class Bench:
             words = (str(error).strip().splitlines() or ["no message"])[0]
             self._write({**row, "reason": f"{type(error).__name__}: {words[:300]}"})
             return
+        flops_full = full_cost.flops
         speed = flops_full / cost.flops
         row |= {"flops": cost.flops, "flops_full": flops_full, "flops_speedup": speed, "peak_bytes": cost.peak}
         row["full_steps"] = full_steps(made, self.plan.steps, cost.flops, flops_full)
