@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -80,7 +81,7 @@ def answers(rows: Rows) -> list[str]:
                 mean, low, high = paired_difference(ours, values)
                 told.append(f"{words} `{name}` {_three(values)}, {_against(mean, low, high)}")
         lines.append(
-            f"- **{speed:g}x.** `{OURS}`: {_three(ours)} dB (median / P5 / worst). Best of the others: {'; '.join(told)}."
+            f"- **{speed:g}x.** `{OURS}`: {_three(ours)} dB (median / P5 / worst). Best others: {'; '.join(told)}."
         )
     return lines
 
@@ -127,8 +128,8 @@ def seconds_table(rows: Rows) -> list[str]:
         return ["Nothing was timed."]
     batch = next(r["batch"] for r in rows if r["kind"] == "time")
     lines = [
-        f"Calls of {batch} samples. First the speed-up in time at each speed-up in FLOPs, then median and P5 of PSNR at "
-        "each speed-up in *time*.",
+        f"Calls of {batch} samples. First the speed-up in time at each speed-up in FLOPs, then median and P5 of PSNR "
+        "at each speed-up in *time*.",
         "",
         f"| method | {' | '.join(f'time at {s:g}x FLOPs' for s in ASKED)} | "
         f"{' | '.join(f'dB at {s:g}x time' for s in ASKED)} |",
@@ -148,7 +149,7 @@ def seconds_table(rows: Rows) -> list[str]:
 def _between(points: Sequence[Point], speed: float) -> float | None:
     """Linear between the two settings on either side, whatever their quality."""
     ordered = sorted(points, key=lambda p: p.speed)
-    for low, high in zip(ordered, ordered[1:], strict=False):
+    for low, high in pairwise(ordered):
         if low.speed <= speed <= high.speed:
             share = (speed - low.speed) / (high.speed - low.speed) if high.speed > low.speed else 0.0
             return low.values[0] + share * (high.values[0] - low.values[0])

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ..compare import psnr
 from ..measure import Run, joined, run_once, split, ticking
@@ -22,24 +23,37 @@ WARM_STEPS = 8
 IDENTICAL = 150.0  # dB recorded for an identical sample, so that medians and differences stay finite
 
 
-class Flops:
-    """FLOPs of the transformers, by PyTorch's counter: a multiply-add is two."""
+class Flops(TorchDispatchMode):
+    """FLOPs by the formulas of PyTorch's counter: a multiply-add is two.
 
-    total = 0
+    `FlopCounterMode` also follows every module in and out, which takes twice as long as the model itself when that is
+    small; the sums are the same (tests/test_bench.py).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.total = 0, 0  # everything, and what ran inside transformers
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.all += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @contextmanager
 def counted(pipe: Any) -> Iterator[Flops]:
     """Count what runs inside the transformers, overheads and rejected drafts included, but not VAE or text encoder."""
-    flops, hooks, began = Flops(), [], 0
-    with FlopCounterMode(display=False) as counter:
+    hooks, began = [], 0
+    with Flops() as flops:
 
         def start(*_: object) -> None:
             nonlocal began
-            began = counter.get_total_flops()
+            began = flops.all
 
         def stop(*_: object) -> None:
-            flops.total += counter.get_total_flops() - began
+            flops.total += flops.all - began
 
         for model in transformers_of(pipe):
             hooks += [model.register_forward_pre_hook(start, prepend=True), model.register_forward_hook(stop)]

@@ -200,6 +200,12 @@ SETTINGS = (
 _SETTING = re.compile(r"F(\d+)B(\d+) W(\d+)(?: MC(\d+))? R([\d.]+)")
 
 
+def quiet() -> None:
+    """Keep cache-dit from logging a dozen lines for each setting."""
+    for name in [n for n in logging.root.manager.loggerDict if n.lower().startswith("cache_dit")]:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def cache_dit(order: int) -> Apply:
     """DBCache of cache-dit with one of SETTINGS; `order` 0 reuses, else its TaylorSeer forecasts.
 
@@ -212,8 +218,7 @@ def cache_dit(order: int) -> Apply:
             import cache_dit as library
         except ImportError as error:
             raise InputError("cache-dit is not installed; pip install 'speca-diffusers[bench]'.") from error
-        for name in [n for n in logging.root.manager.loggerDict if n.lower().startswith("cache_dit")]:
-            logging.getLogger(name).setLevel(logging.ERROR)  # a dozen lines for each setting
+        quiet()
         own = copy.deepcopy(pipe)
         for thing in (own, own.transformer):
             cls = type(thing)

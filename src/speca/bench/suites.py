@@ -28,7 +28,7 @@ Progress = Callable[[int, int, str], None]
 """Called with (settings done, settings in all, what comes next)."""
 
 AGAIN = 60.0  # seconds after which the full run is timed anew, as a shared machine changes its pace
-SHARE, COUNTED, PICTURE = 0.36, 1.5, 0.12
+SHARE, COUNTED, PICTURE = 0.36, 1.25, 0.12
 """For `estimate`: what a setting costs of a full run, what counting adds, seconds for the features of a picture."""
 TARGETS = (30.0, 32.0, 34.0, 36.0, 38.0, 40.0, 44.0)  # dB, of "oracle-steps"
 
@@ -71,7 +71,7 @@ class Suite:
 
 
 SUITES = {
-    "quick": Suite(samples=8, tuning=4, tries=4, sweep=3, batch=8, timings=(Timing(4, 1),)),
+    "quick": Suite(samples=8, tuning=4, tries=4, sweep=3, batch=8, timings=(Timing(2, 1),)),
     "full": Suite(
         samples=48, tuning=8, tries=20, batch=24, features=True, signals=12,
         timings=(Timing(8, 3), Timing(1, 3, near=True), Timing(32, 1, near=True)),
