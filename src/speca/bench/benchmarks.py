@@ -166,8 +166,8 @@ def gpu_section(found: dict[str, Any]) -> list[str]:
         "## Full-size models on a GPU, random weights", "",
         f"{found['hardware']}, {found['dtype']}, {found['steps']} steps with a period of {found['period']}; "
         f"`make bench-gpu`. Random weights: time and memory only.", "",
-        "| model | batch | | full step | draft | checked | rejected | speca | module towers | cache-dit | TaylorSeer of "
-        "diffusers | kept by speca | by towers |",
+        "| model | batch | | full step | draft | checked | rejected | speca | module towers | cache-dit | TaylorSeer "
+        "of diffusers | kept by speca | by towers |",
         "| --- | ---: | --- |" + " ---: |" * 10,
     ]  # fmt: skip
     for model in found["models"]:

@@ -23,7 +23,7 @@ WARM_STEPS = 8
 IDENTICAL = 150.0  # dB recorded for an identical sample, so that medians and differences stay finite
 
 
-class Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """FLOPs by the formulas of PyTorch's counter: a multiply-add is two.
 
     `FlopCounterMode` also follows every module in and out, which takes twice as long as the model itself when that is
@@ -31,7 +31,7 @@ class Flops(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.all, self.total = 0, 0  # everything, and what ran inside transformers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
