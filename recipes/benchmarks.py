@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from speca.bench.benchmarks import document
-from speca.bench.plots import plot
+from speca.bench.plots import plot, summary
 from speca.bench.suites import read
 
 
@@ -28,7 +28,8 @@ def main(
     found: dict[str, list[dict[str, Any]]] = {file.stem: read(file) for file in sorted(results.glob("*.jsonl"))}
     pictures.mkdir(parents=True, exist_ok=True)
     for model, rows in found.items():
-        plot(rows, pictures, f"bench-{model}")
+        summary(rows, pictures, f"bench-{model}")
+        plot(rows, pictures, f"bench-{model}-curves")
     gpu = results / "gpu.json"
     text = document(found, gpu.read_text(encoding="utf-8") if gpu.is_file() else "")
     out.write_text(text, encoding="utf-8")

@@ -49,7 +49,8 @@ def document(found: Mapping[str, Rows], gpu: str = "") -> str:
 def section(model: str, rows: Rows) -> list[str]:
     """One model."""
     lines = [f"## {model}", "", *[line for paragraph in about(rows[0]) for line in (paragraph, "")]]
-    lines += [f"![Quality against FLOPs](img/bench-{model}.svg)", "", *answers(rows)]
+    pictures = [f"![Typical and worst](img/bench-{model}.svg)", "", f"![Curves](img/bench-{model}-curves.svg)"]
+    lines += [*answers(rows), "", *pictures]
     lines += ["", "### In quality", "", *quality_table(rows), "", "### In seconds", "", *seconds_table(rows)]
     titled = {
         "How fast for a guarantee": guarantee_table(rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +32,7 @@ STEPS = (25, 17, 13, 10, 8, 7, 5)
 INTERVALS = (1, 2, 3, 4, 5, 7, 9)  # drafts between full steps
 FULL_STEPS = (26, 17, 13, 10, 8, 7, 6)
 RESIDUALS = (0.05, 0.1, 0.2, 0.4, 0.8)  # of the rivals' first-block gates
-TOLERANCES = (0.0005, 0.002, 0.005, 0.01, 0.02, 0.04, 0.1)
+TOLERANCES = (0.0005, 0.002, 0.005, 0.01, 0.02, 0.04, 0.1, 0.4)
 TAUS = (0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
 SPEEDUPS = (2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 RATIOS = (0.1, 0.3, 1.0, 3.0, 1e6)  # of the released code's element-wise error
@@ -84,10 +85,12 @@ def _schedules(full: tuple[int, ...]) -> list[Method]:
         "searched-schedule": (plain, search(plain, False)),
         "searched-corrected": (moved, search(moved, True)),
     }
+    corrected = functools.partial(own_schedules, corrector=True)
     errors = (0.0003, 0.001, 0.002, 0.004, 0.008, 0.02)
     return [
         *(Method(n, "full steps", full, apply, family="schedule", prepare=p) for n, (apply, p) in made.items()),
-        Method("oracle-schedule", "full steps", full[1:], own_schedules, family="oracle", prepare=own_search),
+        Method("oracle-schedule", "full steps", full[1:], own_schedules, family="oracle", prepare=own_search(False)),
+        Method("oracle-corrected", "full steps", full[1:], corrected, family="oracle", prepare=own_search(True)),
         Method("oracle-error", "tolerance", errors, own_schedules, family="oracle", prepare=own_errors),
     ]
 

@@ -1,4 +1,4 @@
-"""Oracles: they know each sample's own full run. None can be realised; they say what could be gained at most."""
+"""Oracles: they know each sample's own full run, which no method can; they say what placing full steps could give."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ..config import SpecaConfig
 from ..core.controller import CONTROLLERS, Controller, Plan, ScheduleController, Trajectory
 from ..pipeline import enabled
-from .methods import Call, Setup
+from .methods import Call, Prepare, Setup
 from .recording import Ground, anneal, true_errors
 
 OWN_TRIES = 600  # of a search on a single sample
@@ -27,7 +27,9 @@ def instead(name: str, cls: type[Controller]) -> Iterator[None]:
 
 
 @contextmanager
-def own_schedules(pipe: Any, call: Call, schedules: Sequence[Sequence[int]]) -> Iterator[Setup]:
+def own_schedules(
+    pipe: Any, call: Call, schedules: Sequence[Sequence[int]], corrector: bool = False
+) -> Iterator[Setup]:
     """Each sample in full at its own steps: entry k of `schedules` is for sample k of all that are made."""
     first = 0
 
@@ -40,15 +42,19 @@ def own_schedules(pipe: Any, call: Call, schedules: Sequence[Sequence[int]]) -> 
         nonlocal first
         first = offset
 
-    config = SpecaConfig(controller="schedule", schedule=(0,), warmup=2, final=0)
+    config = SpecaConfig(controller="schedule", schedule=(0,), warmup=2, final=0, corrector=corrector)
     with instead("schedule", Own), enabled(pipe, config) as session:
         yield Setup(pipe, call, session, begin)
 
 
-def own_search(ground: Ground, full: int) -> list[list[int]]:
-    """For each reporting sample, the schedule of `full` steps that is best on its own recording."""
-    recording = ground.recording(reporting=True)
-    return [anneal(recording.of(k), full, tries=OWN_TRIES, seed=k) for k in range(len(ground.seeds))]
+def own_search(corrected: bool) -> Prepare:
+    """For each reporting sample, the schedule of so many full steps that is best on its own recording."""
+
+    def prepare(ground: Ground, full: int) -> list[list[int]]:
+        recording = ground.recording(reporting=True)
+        return [anneal(recording.of(k), full, corrected, OWN_TRIES, seed=k) for k in range(len(ground.seeds))]
+
+    return prepare
 
 
 def own_errors(ground: Ground, tolerance: float) -> list[list[int]]:

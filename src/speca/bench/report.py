@@ -247,7 +247,7 @@ def markdown(rows: Rows) -> str:
     lines = [f"# Bench: {rows[0]['model']}", ""]
     for paragraph in about(rows[0]):
         lines += [paragraph, ""]
-    lines.append("![Quality against speed](curves.svg)")
+    lines += ["![Typical and worst at the same cost](summary.svg)", "", "![Quality against speed](curves.svg)"]
     for axis, words in AXES.items():
         if any(r.get(f"{axis}_speedup") for r in measured(rows)):
             for speed in SPEEDS:
@@ -272,11 +272,14 @@ def _notes(rows: Rows) -> list[str]:
 
 
 def write(rows: Rows, place: Path) -> None:
-    """`report.md`, `curves.svg`, `curves.png` and `index.html`, which needs no other file, into `place`."""
+    """`report.md`, pictures as SVG and PNG, and `index.html`, which needs no other file, into `place`."""
     from .page import page
-    from .plots import plot
+    from .plots import plot, summary
 
     plot(rows, place, "curves")
+    summary(rows, place, "summary")
     words = markdown(rows)
     (place / "report.md").write_text(words, encoding="utf-8")
-    (place / "index.html").write_text(page(words, {"curves.svg": place / "curves.svg"}), encoding="utf-8")
+    (place / "index.html").write_text(
+        page(words, {name: place / name for name in ("summary.svg", "curves.svg")}), encoding="utf-8"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -104,7 +106,8 @@ class Judge:
     def _taken(self, images: Tensor) -> Tensor:
         from ..distance import features
 
-        return features(stills(images))
+        with contextlib.redirect_stdout(io.StringIO()):  # its package prints that it has loaded
+            return features(stills(images))
 
     def _distances(self, taken: Tensor) -> dict[str, Any]:
         """KID to real pictures and to the full runs, and each sample's feature distance to its own full run."""

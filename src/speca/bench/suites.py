@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, nearest
-from ..measure import Run, hardware, run_once
+from ..measure import Run, hardware, run_once, ticking
 from ..pipeline import transformers_of
 from .field import chosen
 from .measure import Cost, full_steps, played, quality, weighed
@@ -28,7 +28,7 @@ Progress = Callable[[int, int, str], None]
 """Called with (settings done, settings in all, what comes next)."""
 
 AGAIN = 60.0  # seconds after which the full run is timed anew, as a shared machine changes its pace
-SHARE, COUNTED, PICTURE = 0.36, 1.25, 0.12
+SHARE, COUNTED, PICTURE = 0.45, 1.35, 0.12
 """For `estimate`: what a setting costs of a full run, what counting adds, seconds for the features of a picture."""
 TARGETS = (30.0, 32.0, 34.0, 36.0, 38.0, 40.0, 44.0)  # dB, of "oracle-steps"
 
@@ -71,10 +71,10 @@ class Suite:
 
 
 SUITES = {
-    "quick": Suite(samples=8, tuning=4, tries=4, sweep=3, batch=8, timings=(Timing(2, 1),)),
+    "quick": Suite(samples=6, tuning=4, tries=3, sweep=3, batch=6, timings=(Timing(2, 1),)),
     "full": Suite(
-        samples=48, tuning=8, tries=20, batch=24, features=True, signals=12,
-        timings=(Timing(8, 3), Timing(1, 3, near=True), Timing(32, 1, near=True)),
+        samples=40, tuning=8, tries=20, batch=20, features=True, signals=12,
+        timings=(Timing(8, 2), Timing(1, 3, near=True), Timing(32, 1, near=True)),
     ),
 }  # fmt: skip
 
@@ -135,8 +135,9 @@ class Bench:
     def estimate(self) -> float:
         """Seconds that all of it takes on this machine, from one full run of a few samples; within a third or so."""
         seeds, plan = self.tuning[:4], self.plan
-        run_once(self.pipe, {**self.call(seeds), "num_inference_steps": 2}, seeds, None)  # the first call is slow
-        sample = run_once(self.pipe, self.call(seeds), seeds, None).seconds_total / len(seeds)
+        with ticking(self.pipe, None, 0):
+            run_once(self.pipe, {**self.call(seeds), "num_inference_steps": 2}, seeds, None)  # the first call is slow
+            sample = run_once(self.pipe, self.call(seeds), seeds, None).seconds_total / len(seeds)
         return sample * self.effort() + (PICTURE * self.samples_near() if plan.features else 0.0)
 
     def effort(self) -> float:
@@ -159,12 +160,13 @@ class Bench:
         """Do what is missing, and return all rows."""
         self._tell = progress or (lambda done, total, what: None)
         self._done, self._total = 0, len(self.settings) * (1 + sum(t.rounds for t in self.plan.timings))
-        self._all_quality()
-        for timing in self.plan.timings:
-            for number in range(timing.rounds):
-                self._round(timing, number)
-        if self.plan.signals and not any(r["kind"] in ("signal", "no signals") for r in self.rows):
-            self._signals()
+        with ticking(self.pipe, None, 0):  # one bar is enough
+            self._all_quality()
+            for timing in self.plan.timings:
+                for number in range(timing.rounds):
+                    self._round(timing, number)
+            if self.plan.signals and not any(r["kind"] in ("signal", "no signals") for r in self.rows):
+                self._signals()
         return self.rows
 
     def _all_quality(self) -> None:
