@@ -32,7 +32,7 @@ def arguments(case: tiny.Case) -> Any:
 
 
 def field(*names: str) -> list[Method]:
-    return chosen(list(names), PLAN.steps)
+    return chosen(list(names), PLAN.steps, sweep=3)
 
 
 def bench(case: tiny.Case, out: Path, *more: Method, names: tuple[str, ...] = ("none",)) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def test_cheats_are_caught(tmp_path: Path) -> None:
     assert same["flops_speedup"] == 1.0 and same["full_steps"] == [PLAN.steps] * PLAN.samples
     assert same["psnr"] == [measure.IDENTICAL] * PLAN.samples
     honest = [r for r in rows if r["kind"] == "quality" and r["method"] in names and "reason" not in r]
-    assert len(honest) > 10
+    assert len(honest) == 7
     assert all(sum(skipped["psnr"]) <= sum(r["psnr"]) for r in honest)
 
 

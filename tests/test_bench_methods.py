@@ -190,7 +190,7 @@ def test_fewest_steps_are_picked_among_what_was_measured() -> None:
     rows = [row(20, [40.0, 39.0]), row(10, [36.0, 30.0]), row(7, [31.0, 25.0])]
     (found,) = oracle.fewest_steps(rows, "searched-schedule", (35.0,))
     assert found["full_steps"] == [10, 20] and found["psnr"] == [36.0, 39.0]
-    assert found["flops"] == pytest.approx((100 + 200) / 2) and found["derived"]
+    assert found["flops"] == pytest.approx((100 + 200) / 2) and found["derived"] and found["family"] == "oracle"
     (out_of_reach,) = oracle.fewest_steps(rows, "searched-schedule", (90.0,))
     assert out_of_reach["full_steps"] == [50, 50] and out_of_reach["flops_speedup"] == pytest.approx(1.0)
 

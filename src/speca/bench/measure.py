@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextmanager
 def counted(pipe: Any) -> Iterator[Flops]:
     """Count what runs inside the transformers, overheads and rejected drafts included, but not VAE or text encoder."""
-    hooks, began = [], 0
+    began = 0
     with Flops() as flops:
 
         def start(*_: object) -> None:
@@ -55,13 +56,8 @@ def counted(pipe: Any) -> Iterator[Flops]:
         def stop(*_: object) -> None:
             flops.total += flops.all - began
 
-        for model in transformers_of(pipe):
-            hooks += [model.register_forward_pre_hook(start, prepend=True), model.register_forward_hook(stop)]
-        try:
+        with inside(pipe, start, stop):
             yield flops
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,14 @@ class Cost:
 
 
 def played(apply: Apply, pipe: Any, call: dict[str, Any], given: Any, seeds: Sequence[int], batch: int) -> Run:
-    """All samples of one setting, timed as in `speca generate --compare`.
+    """All samples of one setting."""
+    return timed(apply, pipe, call, given, seeds, batch)[0]
+
+
+def timed(
+    apply: Apply, pipe: Any, call: dict[str, Any], given: Any, seeds: Sequence[int], batch: int
+) -> tuple[Run, float]:
+    """All samples of one setting, timed as in `speca generate --compare`, and processor seconds in the transformers.
 
     `speca` tests itself at the first call of a model and input size; it makes that test on a short run beforehand.
     """
@@ -87,7 +90,32 @@ def played(apply: Apply, pipe: Any, call: dict[str, Any], given: Any, seeds: Seq
         if setup.session:
             first, some = parts[0]
             run_once(setup.pipe, {**first, "num_inference_steps": WARM_STEPS}, some, None)
-        return _made(setup, parts)
+        spent, began = 0.0, 0.0
+
+        def start(*_: object) -> None:
+            nonlocal began
+            began = time.process_time()
+
+        def stop(*_: object) -> None:
+            nonlocal spent
+            spent += time.process_time() - began
+
+        with inside(setup.pipe, start, stop):
+            made = _made(setup, parts)
+    return made, spent
+
+
+@contextmanager
+def inside(pipe: Any, start: Callable[..., None], stop: Callable[..., None]) -> Iterator[None]:
+    """Call `start` before and `stop` after each call of a transformer of the pipeline."""
+    hooks = []
+    for model in transformers_of(pipe):
+        hooks += [model.register_forward_pre_hook(start, prepend=True), model.register_forward_hook(stop)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def weighed(

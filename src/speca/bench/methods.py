@@ -89,8 +89,7 @@ def solver(name: str) -> Apply:
         extra: dict[str, Any] = {}
         if _is_flow(own):
             extra = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=own.config.shift)
-            if not own.config.get("use_dynamic_shifting"):
-                cls = _without_mu(cls)
+            cls = _own_grid(cls, bool(own.config.get("use_dynamic_shifting")))
         pipe.scheduler = cls.from_config(own.config, **extra)
         try:
             yield Setup(pipe, {**call, "num_inference_steps": steps})
@@ -100,13 +99,23 @@ def solver(name: str) -> Apply:
     return apply
 
 
-def _without_mu(cls: Any) -> Any:
-    """The scheduler class, deaf to the shift `mu` of the image size, which pipelines hand over to any scheduler."""
+def _own_grid(cls: Any, dynamic: bool) -> Any:
+    """The scheduler class on the flow's own time grid, whatever a pipeline hands over to any scheduler.
+
+    Pipelines give their own sigmas, which some solvers refuse and which are this grid anyway, and the shift `mu` of the
+    image size, which only counts where the flow is shifted by it.
+    """
 
     class Deaf(cls):
-        @functools.wraps(cls.set_timesteps)  # pipelines look at its signature
-        def set_timesteps(self, *args: Any, mu: float | None = None, **kwargs: Any) -> None:
-            super().set_timesteps(*args, **kwargs)
+        def set_timesteps(
+            self,
+            num_inference_steps: int | None = None,
+            device: Any = None,
+            sigmas: Any = None,
+            mu: float | None = None,
+        ) -> None:
+            extra = {"mu": mu} if dynamic and mu is not None else {}
+            super().set_timesteps(num_inference_steps or len(sigmas), device=device, **extra)
 
     return type(cls.__name__, (Deaf,), {})
 

@@ -81,6 +81,7 @@ def fewest_steps(rows: Sequence[dict[str, Any]], family: str, targets: Sequence[
             flops += reached["flops"] / len(reached["psnr"]) if reached else full
         flops_full = measured[0]["flops_full"]
         about = dict(kind="quality", method="oracle-steps", knob="PSNR dB", value=target, steps=steps, derived=True)
+        about |= dict(family="oracle", package="speca")
         cost = dict(flops=flops, flops_full=flops_full, flops_speedup=flops_full / flops, full_steps=spent)
         out.append({**about, **cost, "psnr": psnr, "ssim": [], "relative_l2": []})
     return out

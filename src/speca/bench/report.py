@@ -22,13 +22,16 @@ def measured(rows: Rows, batch: int | None = None) -> list[dict[str, Any]]:
     """The settings that ran, with `wall_speedup` where they were timed: the median over rounds, in calls of `batch`.
 
     Without `batch`, of the first size that was timed. Each time is set against the full run that was timed beside it.
+    On a CPU it is processor time, which does not change with what else the machine does.
     """
     times = [r for r in rows if r["kind"] == "time"]
+    clock = "processor" if rows[0]["hardware"].get("device") == "cpu" else "seconds"
     batch = batch or (times[0]["batch"] if times else None)
     ratios: dict[tuple[str, Any], list[float]] = {}
     for row in times:
         if row["batch"] == batch:
-            ratios.setdefault((row["method"], row["value"]), []).append(row["seconds_full"] / row["seconds"])
+            ratio = row[f"{clock}_full"] / row[clock]
+            ratios.setdefault((row["method"], row["value"]), []).append(ratio)
     out = []
     for row in rows:
         if row["kind"] == "quality" and "reason" not in row:
@@ -237,7 +240,8 @@ def about(row: dict[str, Any]) -> list[str]:
         f"{seeds[-1]}). Each is compared with the full run of its own seed. Schedules were searched, and rivals "
         f"calibrated, on seeds from {tuning[0]}. A method's value at a speed lies between two neighbours of the best "
         "settings of its own sweep, never beyond. Names in italics are oracles: they know the full run, and no method "
-        "can. A star marks a difference whose 95 % interval leaves out zero.",
+        "can. A star marks a difference whose 95 % interval leaves out zero."
+        + (" Seconds are processor seconds." if row["hardware"].get("device") == "cpu" else ""),
         f"Hardware: {machine}. Versions: {', '.join(f'{k} {v}' for k, v in row['versions'].items())}.",
     ]
 

@@ -34,7 +34,12 @@ PROMPTS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 """What emoji models are asked for, with the group that Unicode CLDR puts it in."""
 
-WAYS = ("left", "right", "up", "down")
+OBJECTS, WAYS = (
+    ("red apple", "sailboat", "dog face", "soccer ball", "airplane", "banana", "penguin", "automobile", "butterfly",
+     "rocket", "cat face"),
+    ("left", "right", "up", "down"),
+)  # fmt: skip
+"""What models of moving emoji are asked for; eleven and four have no common factor, so pairs come in turn."""
 
 
 def arguments(pipe: Any, seeds: Sequence[int], steps: int, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -50,8 +55,9 @@ def arguments(pipe: Any, seeds: Sequence[int], steps: int, sizes: dict[str, Any]
 
 
 def _prompt(seed: int, moving: bool) -> str:
-    way = f" moving {WAYS[seed // len(PROMPTS) % len(WAYS)]}" if moving else ""
-    return f"a {PROMPTS[seed % len(PROMPTS)][0]}{way}"
+    if moving:
+        return f"a {OBJECTS[seed % len(OBJECTS)]} moving {WAYS[seed % len(WAYS)]}"
+    return f"a {PROMPTS[seed % len(PROMPTS)][0]}"
 
 
 class Judge:

@@ -16,7 +16,7 @@ from ..errors import InputError, nearest
 from ..measure import Run, hardware, run_once, ticking
 from ..pipeline import transformers_of
 from .field import chosen
-from .measure import Cost, full_steps, played, quality, weighed
+from .measure import Cost, full_steps, quality, timed, weighed
 from .methods import Method
 from .oracle import fewest_steps
 from .pareto import SPEEDS
@@ -137,7 +137,10 @@ class Bench:
         seeds, plan = self.tuning[:4], self.plan
         with ticking(self.pipe, None, 0):
             run_once(self.pipe, {**self.call(seeds), "num_inference_steps": 2}, seeds, None)  # the first call is slow
-            sample = run_once(self.pipe, self.call(seeds), seeds, None).seconds_total / len(seeds)
+            began = time.process_time()
+            made = run_once(self.pipe, self.call(seeds), seeds, None)
+        alone = time.process_time() - began if made.hardware["device"] == "cpu" else made.seconds_total
+        sample = alone / len(seeds) / (made.hardware["threads"] if made.hardware["device"] == "cpu" else 1)
         return sample * self.effort() + (PICTURE * self.samples_near() if plan.features else 0.0)
 
     def effort(self) -> float:
@@ -218,15 +221,16 @@ class Bench:
             if full is None or time.monotonic() - taken > AGAIN:
                 full, taken = self._play(self.field[0], 0, timing.batch), time.monotonic()
             made = full if method.name == "none" else self._play(method, known.get("given", value), timing.batch)
+            (run, spent), (plain, spent_full) = made, full
             self._write(
                 {"kind": "time", "method": method.name, "value": value, "round": number, "batch": timing.batch,
-                 "seconds": made.seconds, "seconds_total": made.seconds_total, "seconds_full": full.seconds,
-                 "seconds_full_total": full.seconds_total}
+                 "seconds": run.seconds, "seconds_total": run.seconds_total, "seconds_full": plain.seconds,
+                 "seconds_full_total": plain.seconds_total, "processor": spent, "processor_full": spent_full}
             )  # fmt: skip
 
-    def _play(self, method: Method, given: Any, batch: int) -> Run:
+    def _play(self, method: Method, given: Any, batch: int) -> tuple[Run, float]:
         seeds = [self.seeds[k % len(self.seeds)] for k in range(batch)]
-        return played(method.apply, self.pipe, self.call(seeds), given, seeds, batch)
+        return timed(method.apply, self.pipe, self.call(seeds), given, seeds, batch)
 
     def _signals(self) -> None:
         from .signals import signal_rows
