@@ -65,6 +65,21 @@ def test_paper_dit_on_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "| SpeCa, the paper's row | 4.99x | - | 2.72 |" in text and "issue 10" in text
 
 
+def test_from_the_command_line(tmp_path: Path) -> None:
+    """Arguments of a folder's call.json replace those of the paper."""
+    tiny.dit().pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "call.json").write_text('{"num_inference_steps": 4}')
+    words = ["bench", str(tmp_path / "model"), "--suite", "paper-dit", "--samples", "2", "--methods", "fewer-steps"]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "| none 0 | 2 | 1.00x |" in text
+        and "| fewer-steps 2 | 2 | 2.00x |" in text
+        and "pip install torch-fidelity" in text
+    )
+
+
 def test_an_interrupted_setting_goes_on_where_it_stood(tmp_path: Path) -> None:
     case = tiny.dit()
     work = papers.PaperRun(

@@ -39,14 +39,13 @@ def plot(rows: Rows, place: Path, name: str, axis: str = "flops") -> None:
     kinds = [kind for kind in TITLES if any(family[method] == kind and method != OURS for method in found)]
     figure = Figure(figsize=(4.1 * max(1, (len(kinds) + 1) // 2), 8.4), layout="constrained")
     panels = figure.subplots(2, max(1, (len(kinds) + 1) // 2), sharex=True, sharey=True, squeeze=False).flatten()
+    heights = [_q(p, 0.5) for points in found.values() for p in points if p.speed <= FAST] or [0.0, 60.0]
+    panels[0].set_ylim(max(8.0, min(heights) - 2), min(62.0, max(heights) + 3))
     for panel, kind in zip(panels, kinds, strict=False):
         others = {method: points for method, points in found.items() if family[method] == kind and method != OURS}
         _panel(panel, kind, others, found.get(OURS, []))
     for panel in panels[len(kinds) :]:
         panel.set_axis_off()
-    heights = [_q(p, 0.5) for points in found.values() for p in points if p.speed <= FAST]
-    if heights:
-        panels[0].set_ylim(max(8.0, min(heights) - 2), min(62.0, max(heights) + 3))
     words = "FLOPs" if axis == "flops" else "time"
     about = rows[0]
     count = len(about["seeds"])
@@ -159,12 +158,17 @@ def _panel(panel: Any, kind: str, others: dict[str, list[Point]], ours: Sequence
 def _label(panel: Any, labels: Sequence[tuple[float, float, str, Any]]) -> None:
     """Names at the right edge, moved apart where they would touch, with a hair line to the end of their curve."""
     ordered = sorted(labels, key=lambda label: label[0])
-    gap, below = 2.1, -1e9
-    for height, speed, name, colour in ordered:
-        at = max(height, below + gap)
-        below = at
+    low, high = panel.get_ylim()
+    gap = 0.041 * (high - low)
+    places = [min(height, high) for height, *_ in ordered]
+    for k in range(1, len(places)):  # up, away from the one below
+        places[k] = max(places[k], places[k - 1] + gap)
+    excess = max(0.0, places[-1] - high) if places else 0.0
+    for k in reversed(range(len(places))):  # and down again, where that has left the panel
+        places[k] = min(places[k], high - gap * (len(places) - 1 - k)) if excess else places[k]
+    for at, (height, speed, name, colour) in zip(places, ordered, strict=True):
         panel.annotate(
-            name, (speed, height), (10.6, at), fontsize=7.5, color=colour, va="center", annotation_clip=False,
+            name, (speed, min(height, high)), (10.6, at), fontsize=7.5, color=colour, va="center", annotation_clip=False,
             weight="bold" if name == OURS else "normal",
             arrowprops=dict(arrowstyle="-", color=colour, lw=0.4, alpha=0.6, shrinkA=0, shrinkB=2),
         )  # fmt: skip

@@ -95,8 +95,8 @@ def settings_table(rows: Rows) -> list[str]:
     """Markdown: realised cost and quality of each setting."""
     lines = [
         "| method | setting | FLOPs | seconds | full steps | PSNR median | P5 | worst | SSIM | rel. L2 | kept a sample "
-        "| host reads |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| peak | host reads |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in measured(rows):
         values = torch.tensor(row["psnr"], dtype=torch.float64)
@@ -107,6 +107,7 @@ def settings_table(rows: Rows) -> list[str]:
             f"| {row['method']} | {row['knob']} {row['value']} | {row['flops_speedup']:.2f}x | {wall} | "
             f"{spread(row['full_steps'])} | {values.quantile(0.5):.2f} | {values.quantile(0.05):.2f} | "
             f"{values.min():.2f} | {similar} | {relative} | {size(row.get('bytes_per_sample'))} | "
+            f"{peak(row.get('peak_bytes'))} | "
             f"{row.get('host_reads', '-')} |"
         )
     return lines
@@ -132,6 +133,11 @@ def size(count: int | None) -> str:
     if count is None:
         return "-"
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def peak(count: int | None) -> str:
+    """The rise of a process's memory, which is coarse: pages that were free before do not show."""
+    return "below 1 MiB" if count is not None and count < 2**20 else size(count)
 
 
 def score_table(rows: Rows) -> list[str]:
