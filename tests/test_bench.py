@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -241,6 +242,13 @@ def test_feature_distances_to_the_own_full_run() -> None:
     )
     assert max(near["feature_distance"]) < min(far["feature_distance"]) and near["kid_full"] < far["kid_full"]
     assert "feature_distance" not in judge.of(full, 4.0), "features are taken near the speeds of the tables only"
+
+
+def test_without_its_packages_a_judge_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    judge = scores.Judge("emoji-flux", speca.zoo.load("emoji-flux"), [0, 1], features=True)
+    assert "same_class" in judge.of_full(torch.rand(2, 64, 64, 3))
+    assert "pip install 'speca-diffusers[bench]'" in judge.notes[-1] and not judge.features
 
 
 def test_prompts_name_what_the_classifier_knows() -> None:

@@ -80,8 +80,12 @@ def test_the_released_rule_checks_the_last_block_and_acts_a_step_late() -> None:
         config = dataclasses.replace(base, threshold=threshold, max_draft=4)
         _, cost = measure.weighed(modules.per_module(lambda _, c=config: c), case.pipe, call, 0, [1], 1)
         spent[threshold] = STEPS * cost.flops / full.flops
-    # F t F t t v F t t v F t ... against F t F t t v v F t t v v: 4 and 3 full steps, and blocks that check.
-    assert 4 < spent[1e-9] < 6 and 3 < spent[1e9] < 5 and spent[1e9] < spent[1e-9]
+    every = speca.SpecaConfig(controller="interval", max_draft=2, warmup=2, final=0)  # FFttFttFttFt
+    _, cost = measure.weighed(modules.per_module(lambda _: every), case.pipe, call, 0, [1], 1)
+    draft, check = (STEPS * cost.flops / full.flops - 5) / 7, 1 / 4  # embeddings and modulations; one of four blocks
+    # F t F t t v F t t v F t against F t F t t v v F t t v v.
+    assert spent[1e-9] == pytest.approx(4 + 8 * draft + 2 * check, abs=0.1)
+    assert spent[1e9] == pytest.approx(3 + 9 * draft + 4 * check, abs=0.1)
 
 
 def test_models_without_a_table_say_so() -> None:
@@ -114,14 +118,14 @@ def test_a_recording_foretells_what_drafts_do() -> None:
 
 
 def test_annealing_finds_the_steps_that_matter() -> None:
-    """Outputs that jump once: a full step right after the jump is worth more than any even spacing."""
-    outputs = np.zeros((1, 30, 1))
-    outputs[0, 13:, 0] = 1.0
+    """Outputs with one bend: two full steps at it, and everything else can be drafted exactly."""
+    outputs = np.maximum(0.0, np.arange(30.0) - 13)[None, :, None]
     found = recording.Recording(outputs @ outputs.transpose(0, 2, 1), np.ones(30))
     even = recording.uniform_schedule(30, 5)
     best = recording.anneal(found, 5, tries=2000)
-    assert 13 in best and len(best) == 5 and best[:2] == [0, 1]
-    assert found.loss(best) < found.loss(even) - 1
+    assert {13, 14} <= set(best) or {14, 15} <= set(best), best
+    assert len(best) == 5 and best[:2] == [0, 1]
+    assert found.errors(best)[0] < 1e-9 and found.errors(even)[0] > 1e-3
 
 
 def test_recordings_see_what_the_scheduler_sees_and_leave_it_alone() -> None:
@@ -178,7 +182,7 @@ def test_a_perfect_verifier_draws_the_line_where_it_is_told_to() -> None:
     outputs = np.array([0.0, 1, 2, 3, 9, 9, 9, 9, 9, 9])[:, None]
     products[0] = outputs @ outputs.T
     found = recording.Recording(products, np.ones(10))
-    assert recording.true_errors(found, 0.0)[0] == [0, 1, 4, 5, 6], "on lines nothing is off, at bends all is"
+    assert recording.true_errors(found, 0.0)[0] == [0, 1, 4, 5], "off at the bend, and once more for a slope across it"
     assert recording.true_errors(found, 100.0)[0] == [0, 1]
 
 

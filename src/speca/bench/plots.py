@@ -168,7 +168,8 @@ def _label(panel: Any, labels: Sequence[tuple[float, float, str, Any]]) -> None:
         places[k] = min(places[k], high - gap * (len(places) - 1 - k)) if excess else places[k]
     for at, (height, speed, name, colour) in zip(places, ordered, strict=True):
         panel.annotate(
-            name, (speed, min(height, high)), (10.6, at), fontsize=7.5, color=colour, va="center", annotation_clip=False,
+            name, (speed, min(height, high)), (10.6, at), fontsize=7.5, color=colour, va="center",
+            annotation_clip=False,
             weight="bold" if name == OURS else "normal",
             arrowprops=dict(arrowstyle="-", color=colour, lw=0.4, alpha=0.6, shrinkA=0, shrinkB=2),
         )  # fmt: skip

@@ -85,7 +85,12 @@ class Judge:
     def of_full(self, images: Tensor) -> dict[str, Any]:
         """Take the full run for reference, and score it."""
         kinds = self._kinds(images)
-        taken = self._taken(images) if self.features else torch.empty(0)
+        taken = torch.empty(0)
+        try:
+            taken = self._taken(images) if self.features else taken
+        except InputError as problem:
+            self.notes.append(f"no distances: {problem}")
+            self.features = False
         self._full = (kinds, taken)
         return {**self._agreement(kinds), **self._distances(taken)}
 
