@@ -66,24 +66,27 @@ def section(model: str, rows: Rows) -> list[str]:
 
 
 def answers(rows: Rows) -> list[str]:
-    """For each speed one sentence: SpeCa, and the best of each other family, with the paired difference."""
+    """For each speed one sentence: SpeCa, and the best of each other family, with the paired difference.
+
+    Where no tolerance is as fast as that, SpeCa is given a budget.
+    """
     found, family = curves(rows), families(rows)
     lines = []
     for speed in ASKED:
-        ours = at_speed(found.get(OURS, []), speed)
+        reach = {name: at_speed(found.get(name, []), speed) for name in (OURS, "speca-budget")}
+        own, ours = next(((name, v) for name, v in reach.items() if v is not None), (OURS, None))
         if ours is None:
             lines.append(f"- **{speed:g}x.** The sweep of `{OURS}` does not reach {speed:g}x here.")
             continue
         told = []
         for kind, words in KINDS.items():
-            best = _best(found, [name for name in found if family[name] == kind and name != OURS], speed)
+            best = _best(found, [name for name in found if family[name] == kind and name not in reach], speed)
             if best:
                 name, values = best
                 mean, low, high = paired_difference(ours, values)
                 told.append(f"{words} `{name}` {_three(values)}, {_against(mean, low, high)}")
-        lines.append(
-            f"- **{speed:g}x.** `{OURS}`: {_three(ours)} dB (median / P5 / worst). Best others: {'; '.join(told)}."
-        )
+        lines.append(f"- **{speed:g}x.** `{own}`: {_three(ours)} dB (median / P5 / worst). The best of the others:")
+        lines += [f"  - {one}." for one in told]
     return lines
 
 
