@@ -4,7 +4,7 @@
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep check fix clean
+.PHONY: help demo test sweep bench bench-run bench-gpu check fix clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,13 +12,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip install $(if $(V),,-qq) --constraint constraints.txt
 DEMO   := demo-out
+MODEL  ?= fashion-dit
 LABELS := t-shirt trouser pullover dress coat sandal shirt sneaker bag
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 help:  ## list the targets
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## ten garments with and without SpeCa, side by side, into demo-out/
 	$(BIN)/speca generate fashion-dit $(LABELS:%=--label %) --label "ankle boot" \
@@ -30,6 +31,16 @@ test: $(STAMP)  ## the test suite (ARGS="-m 'not slow'" for the quick part)
 
 sweep: $(STAMP)  ## try every transformer class of diffusers and write docs/models.md (about a minute)
 	PYTHONPATH=src:tests $(BIN)/python -W ignore -m sweep
+
+bench: $(STAMP)  ## write docs/benchmarks.md and its plots from the raw results in docs/results/bench/
+	$(BIN)/python recipes/benchmarks.py
+
+bench-run: $(STAMP)  ## measure anew: the full suite on MODEL=fashion-dit (up to two hours), then `make bench`
+	$(BIN)/speca bench $(MODEL) --suite full --out bench-out/$(MODEL)
+	@mkdir -p docs/results/bench && cp bench-out/$(MODEL)/results.jsonl docs/results/bench/$(MODEL).jsonl
+
+bench-gpu: $(STAMP)  ## full-size models with random weights on one GPU, in nine minutes
+	$(BIN)/python recipes/bench_gpu.py
 
 check: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -3,72 +3,181 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ..compare import psnr
 from ..measure import Run, joined, run_once, split, ticking
 from ..pipeline import transformers_of
-from .methods import Method, random_schedule, uniform_schedule
+from .methods import Apply, Setup
 
+WARM_STEPS = 8
 IDENTICAL = 150.0  # dB recorded for an identical sample, so that medians and differences stay finite
 
 
-class Flops:
-    """FLOPs of the transformers, by PyTorch's counter: a multiply-add is two."""
+class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """FLOPs by the formulas of PyTorch's counter: a multiply-add is two.
 
-    total = 0
+    `FlopCounterMode` also follows every module in and out, which takes twice as long as the model itself when that is
+    small; the sums are the same (tests/test_bench.py).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.all, self.total = 0, 0  # everything, and what ran inside transformers
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.all += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @contextmanager
 def counted(pipe: Any) -> Iterator[Flops]:
     """Count what runs inside the transformers, overheads and rejected drafts included, but not VAE or text encoder."""
-    flops, hooks, began = Flops(), [], 0
-    with FlopCounterMode(display=False) as counter:
+    began = 0
+    with Flops() as flops:
 
         def start(*_: object) -> None:
             nonlocal began
-            began = counter.get_total_flops()
+            began = flops.all
 
         def stop(*_: object) -> None:
-            flops.total += counter.get_total_flops() - began
+            flops.total += flops.all - began
 
-        for model in transformers_of(pipe):
-            hooks += [model.register_forward_pre_hook(start, prepend=True), model.register_forward_hook(stop)]
-        try:
+        with inside(pipe, start, stop):
             yield flops
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
-def run(method: Method, pipe: Any, call: dict[str, Any], value: Any, seeds: Sequence[int], batch: int) -> Run:
-    """All samples of one setting, timed as in `speca generate --compare`."""
-    with method.apply(pipe, call, value) as setup, ticking(setup.pipe, None, 0):
-        return joined([run_once(setup.pipe, *part, setup.session) for part in split(setup.call, seeds, batch)])
+@dataclass(frozen=True)
+class Cost:
+    """What a setting took, all samples together: FLOPs of the transformers, and bytes.
+
+    `peak` is how far the memory of the process (on a GPU: of the device) rose above what it was before, None where
+    the system does not tell; `kept` is what the method itself says it keeps a sample, None where it does not say.
+    """
+
+    flops: int
+    peak: int | None
+    kept: int | None
 
 
-def run_counted(
-    method: Method, pipe: Any, call: dict[str, Any], value: Any, seeds: Sequence[int], batch: int
-) -> tuple[Run, int]:
-    """The same with FLOPs; counting slows a run, so its seconds mean nothing."""
-    with method.apply(pipe, call, value) as setup, ticking(setup.pipe, None, 0), counted(setup.pipe) as flops:
-        made = joined([run_once(setup.pipe, *part, setup.session) for part in split(setup.call, seeds, batch)])
-    return made, flops.total
+def played(apply: Apply, pipe: Any, call: dict[str, Any], given: Any, seeds: Sequence[int], batch: int) -> Run:
+    """All samples of one setting."""
+    return timed(apply, pipe, call, given, seeds, batch)[0]
+
+
+def timed(
+    apply: Apply, pipe: Any, call: dict[str, Any], given: Any, seeds: Sequence[int], batch: int
+) -> tuple[Run, float]:
+    """All samples of one setting, timed as in `speca generate --compare`, and processor seconds in the transformers.
+
+    `speca` tests itself at the first call of a model and input size; it makes that test on a short run beforehand.
+    """
+    with apply(pipe, call, given) as setup, ticking(setup.pipe, None, 0):
+        parts = split(setup.call, seeds, batch)
+        if setup.session:
+            first, some = parts[0]
+            run_once(setup.pipe, {**first, "num_inference_steps": WARM_STEPS}, some, None)
+        spent, began = 0.0, 0.0
+
+        def start(*_: object) -> None:
+            nonlocal began
+            began = time.process_time()
+
+        def stop(*_: object) -> None:
+            nonlocal spent
+            spent += time.process_time() - began
+
+        with inside(setup.pipe, start, stop):
+            made = _made(setup, parts)
+    return made, spent
+
+
+@contextmanager
+def inside(pipe: Any, start: Callable[..., None], stop: Callable[..., None]) -> Iterator[None]:
+    """Call `start` before and `stop` after each call of a transformer of the pipeline."""
+    hooks = []
+    for model in transformers_of(pipe):
+        hooks += [model.register_forward_pre_hook(start, prepend=True), model.register_forward_hook(stop)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def weighed(
+    apply: Apply, pipe: Any, call: dict[str, Any], given: Any, seeds: Sequence[int], batch: int
+) -> tuple[Run, Cost]:
+    """The same with FLOPs and memory; counting slows a run, so its seconds mean nothing. The self-test counts."""
+    with apply(pipe, call, given) as setup, ticking(setup.pipe, None, 0), counted(setup.pipe) as flops:
+        peak = Peak(setup.pipe)
+        made = _made(setup, split(setup.call, seeds, batch))
+        kept = setup.bytes() // min(batch, len(seeds)) if setup.bytes else None
+    if made.report:
+        kept = made.report.bytes_per_sample
+    return made, Cost(flops.total, peak.bytes(), kept)
+
+
+def _made(setup: Setup, parts: Sequence[tuple[dict[str, Any], list[int]]]) -> Run:
+    runs, done = [], 0
+    for call, seeds in parts:
+        if setup.begin:
+            setup.begin(done)
+        runs.append(run_once(setup.pipe, call, seeds, setup.session))
+        done += len(seeds)
+    return joined(runs)
+
+
+class Peak:
+    """How far memory rises from now on: the allocator's on a GPU, else the process's, as Linux tells it."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.device = torch.device(pipe._execution_device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before: int | None = torch.cuda.memory_allocated(self.device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not Linux, or not allowed
+            self.before = None
+        else:
+            self.before = _status("VmRSS")
+
+    def bytes(self) -> int | None:
+        """Bytes above what was in use at the beginning; None where the system does not tell."""
+        if self.before is None:
+            return None
+        now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
+        return max(0, now - self.before)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
 def quality(images: Tensor, references: Tensor) -> dict[str, list[float]]:
     """PSNR in dB, SSIM and relative L2 of each sample; both are (N, ..., height, width, channels) floats in [0, 1]."""
     gap = (images.double() - references.double()).flatten(1).norm(dim=1)
+    similar = ssim(images, references)
     return {
-        "psnr": [IDENTICAL if math.isinf(value) else value for value in psnr(images, references).tolist()],
-        "ssim": ssim(images, references),
-        "relative_l2": (gap / references.double().flatten(1).norm(dim=1).clamp_min(1e-12)).tolist(),
+        "psnr": [IDENTICAL if math.isinf(value) else round(value, 3) for value in psnr(images, references).tolist()],
+        "ssim": [round(value, 5) for value in similar],
+        "relative_l2": [float(f"{v:.5g}") for v in gap / references.double().flatten(1).norm(dim=1).clamp_min(1e-12)],
     }
 
 
@@ -91,31 +200,3 @@ def full_steps(made: Run, steps: int, flops: int, flops_full: int) -> list[float
     if made.report:
         return [float(sample.full + sample.rejected) for sample in made.report.samples]
     return [steps * flops / flops_full] * len(made.images)
-
-
-def search(
-    method: Method, pipe: Any, call: dict[str, Any], full: int, seeds: Sequence[int], batch: int, tries: int
-) -> frozenset[int]:
-    """The best schedule of `full` steps found in `tries` runs over tuning seeds: local search from an even one.
-
-    Best is the lowest mean relative L2 to the full run.
-    """
-    steps = call["num_inference_steps"]
-    reference = torch.cat([run_once(pipe, *part, None).images for part in split(call, seeds, batch)])
-
-    def loss(schedule: frozenset[int]) -> float:
-        values = quality(run(method, pipe, call, schedule, seeds, batch).images, reference)["relative_l2"]
-        return sum(values) / len(values)
-
-    best = uniform_schedule(steps, full)
-    least = loss(best)
-    for attempt in range(tries):
-        # Swap one full step for one that a fresh random schedule has; the first two are anchors and stay.
-        spare = sorted(random_schedule(steps, full, seed=attempt) - best)
-        movable = sorted(best - {0, 1})
-        if not spare or not movable:
-            continue
-        proposal = best - {movable[attempt % len(movable)]} | {spare[attempt % len(spare)]}
-        if (now := loss(proposal)) < least:
-            best, least = proposal, now
-    return best

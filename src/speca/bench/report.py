@@ -1,179 +1,295 @@
-"""From rows to a Markdown report, a plot of every method's curve, and one static page."""
+"""From rows to a Markdown report: tables at fixed speeds, every setting, what could not run."""
 
 from __future__ import annotations
 
-import base64
-import html
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .pareto import SPEEDS, Point, at_speed, median_interval, paired_difference
+from .pareto import SPEEDS, Point, at_speed, median_interval, needed, paired_difference
+from .signals import verdicts
 
 Rows = Sequence[dict[str, Any]]
 OURS = "speca"
 AXES = {"flops": "FLOPs", "wall": "transformer seconds"}
 
 
-def measured(rows: Rows) -> list[dict[str, Any]]:
-    """The settings that ran, each with `wall_speedup` where it was timed: median over rounds, each to its own full."""
-    times = {(r["method"], r["value"], r["round"]): r["seconds"] for r in rows if r["kind"] == "time"}
+def measured(rows: Rows, batch: int | None = None) -> list[dict[str, Any]]:
+    """The settings that ran, with `wall_speedup` where they were timed: the median over rounds, in calls of `batch`.
+
+    Without `batch`, of the first size that was timed. Each time is set against the full run that was timed beside it.
+    On a CPU it is processor time, which does not change with what else the machine does.
+    """
+    times = [r for r in rows if r["kind"] == "time"]
+    clock = "processor" if rows[0]["hardware"].get("device") == "cpu" else "seconds"
+    batch = batch or (times[0]["batch"] if times else None)
+    ratios: dict[tuple[str, Any], list[float]] = {}
+    for row in times:
+        if row["batch"] == batch:
+            ratio = row[f"{clock}_full"] / row[clock]
+            ratios.setdefault((row["method"], row["value"]), []).append(ratio)
     out = []
     for row in rows:
-        if row["kind"] != "quality" or "reason" in row:
-            continue
-        ratios = [
-            times["none", 0, number] / seconds
-            for (method, value, number), seconds in times.items()
-            if (method, value) == (row["method"], row["value"]) and ("none", 0, number) in times
-        ]
-        out.append({**row, "wall_speedup": statistics.median(ratios) if ratios else None})
+        if row["kind"] == "quality" and "reason" not in row:
+            found = ratios.get((row["method"], row["value"]), [])
+            out.append({**row, "wall_speedup": statistics.median(found) if found else None, "wall_all": found})
     return out
 
 
-def curves(rows: Rows, axis: str = "flops", metric: str = "psnr") -> dict[str, list[Point]]:
+def curves(rows: Rows, axis: str = "flops", metric: str = "psnr", oracles: bool = True) -> dict[str, list[Point]]:
     """The sweep of each method: realised speed along `axis` ("flops" or "wall") and quality of each sample."""
     found: dict[str, list[Point]] = {}
     for row in measured(rows):
-        if row[f"{axis}_speedup"] is not None and row["method"] != "none" and row[metric]:
+        if row["method"] == "none" or not row.get(metric) or (row["family"] == "oracle" and not oracles):
+            continue
+        if row[f"{axis}_speedup"] is not None:
             found.setdefault(row["method"], []).append(Point(row[f"{axis}_speedup"], tuple(row[metric])))
     return found
 
 
+def families(rows: Rows) -> dict[str, str]:
+    """The family of each method."""
+    return {r["method"]: r["family"] for r in rows if r["kind"] == "quality"}
+
+
+# ------------------------------------------------------------------------------------------------ tables
 def table(rows: Rows, speed: float, axis: str) -> list[str]:
     """Markdown: every method at one speed, best median first; the difference is paired with `speca`."""
-    found = curves(rows, axis)
-    ours = at_speed(found.get(OURS, []), speed)
+    found, similar = curves(rows, axis), curves(rows, axis, "ssim")
+    ours, family = at_speed(found.get(OURS, []), speed), families(rows)
     lines = []
     for name, points in found.items():
         values = at_speed(points, speed)
         if values is None:
             continue
         median, low, high = median_interval(values)
-        p5, worst = values.quantile(0.05).item(), values.min().item()
         versus = "-"
         if ours is not None and name != OURS:
             mean, least, most = paired_difference(values, ours)
-            versus = f"{mean:+.2f} [{least:+.2f}, {most:+.2f}]"
-        line = f"| {name} | {median:.2f} [{low:.2f}, {high:.2f}] | {p5:.2f} | {worst:.2f} | {versus} |"
+            mark = " *" if least > 0 or most < 0 else ""
+            versus = f"{mean:+.2f} [{least:+.2f}, {most:+.2f}]{mark}"
+        alike = at_speed(similar.get(name, []), speed)
+        shown = f"**{name}**" if name == OURS else f"_{name}_" if family[name] == "oracle" else name
+        line = (
+            f"| {shown} | {median:.2f} [{low:.2f}, {high:.2f}] | {values.quantile(0.05):.2f} | {values.min():.2f} | "
+            f"{_of(alike)} | {versus} |"
+        )
         lines.append((median, line))
     head = [
-        "| method | PSNR dB, median [95 %] | P5 | worst | mean minus speca [95 %] |",
-        "| --- | --- | --- | --- | --- |",
+        "| method | PSNR dB, median [95 %] | P5 | worst | SSIM | mean minus speca [95 %] |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     body = [line for _, line in sorted(lines, reverse=True)]
     return [*head, *body] if body else [f"No method's sweep spans {speed:g}x on this axis."]
 
 
-def markdown(rows: Rows) -> str:
-    """The report; its plot is expected beside it."""
-    about, reasons = rows[0], [r for r in rows if "reason" in r]
-    hardware = ", ".join(f"{k} {v}" for k, v in about["hardware"].items())
-    tuning = about["tuning_seeds"]
-    lines = [
-        f"# Bench: {about['model']}",
-        "",
-        f"{len(about['seeds'])} samples, seeds {about['seeds'][0]} to {about['seeds'][-1]}, {about['suite']['steps']} "
-        f"steps. Each is compared with the full run of its own seed. Schedules were searched on seeds {tuning[0]} to "
-        f"{tuning[-1]}. A method's value at a speed lies between two neighbours of its own sweep, never beyond.",
-        "",
-        f"Hardware: {hardware}. Versions: {', '.join(f'{k} {v}' for k, v in about['versions'].items())}.",
-        "",
-        "![Quality against speed](curves.svg)",
-    ]
-    for axis, words in AXES.items():
-        if any(r.get(f"{axis}_speedup") for r in measured(rows)):
-            for speed in SPEEDS:
-                lines += ["", f"## {speed:g}x fewer {words}", "", *table(rows, speed, axis)]
-    lines += ["", "## Every setting", "", *settings_table(rows)]
-    if reasons:
-        lines += ["", "## What could not run", "", "| method | settings | why |", "| --- | --- | --- |"]
-        settings: dict[tuple[str, str], list[str]] = {}
-        for row in reasons:
-            settings.setdefault((row["method"], row["reason"].replace("|", "/")), []).append(str(row["value"]))
-        lines += [f"| {method} | {', '.join(values)} | {why} |" for (method, why), values in settings.items()]
-    return "\n".join(lines) + "\n"
+def _of(values: Tensor | None) -> str:
+    return "-" if values is None else f"{values.quantile(0.5):.4f}"
 
 
 def settings_table(rows: Rows) -> list[str]:
     """Markdown: realised cost and quality of each setting."""
     lines = [
-        "| method | setting | FLOPs | seconds | full steps, from to | PSNR median | P5 | worst | SSIM | rel. L2 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | setting | FLOPs | seconds | full steps | PSNR median | P5 | worst | SSIM | rel. L2 | kept a sample "
+        "| peak | host reads |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in measured(rows):
         values = torch.tensor(row["psnr"], dtype=torch.float64)
         wall = f"{row['wall_speedup']:.2f}x" if row["wall_speedup"] else "-"
         similar = f"{statistics.median(row['ssim']):.4f}" if row["ssim"] else "-"
-        low, high = min(row["full_steps"]), max(row["full_steps"])
+        relative = f"{statistics.median(row['relative_l2']):.4f}" if row["relative_l2"] else "-"
         lines.append(
-            f"| {row['method']} | {row['knob']} {row['value']} | {row['flops_speedup']:.2f}x | {wall} | {low:.3g} to "
-            f"{high:.3g} | {values.quantile(0.5):.2f} | {values.quantile(0.05):.2f} | {values.min():.2f} | {similar} | "
-            f"{statistics.median(row['relative_l2']):.4f} |"
+            f"| {row['method']} | {row['knob']} {row['value']} | {row['flops_speedup']:.2f}x | {wall} | "
+            f"{spread(row['full_steps'])} | {values.quantile(0.5):.2f} | {values.quantile(0.05):.2f} | "
+            f"{values.min():.2f} | {similar} | {relative} | {size(row.get('bytes_per_sample'))} | "
+            f"{peak(row.get('peak_bytes'))} | "
+            f"{row.get('host_reads', '-')} |"
         )
     return lines
 
 
-def plot(rows: Rows, place: Path) -> None:
-    """`curves.svg` and `curves.png`: median and 5th percentile of PSNR against FLOPs speed-up."""
-    from matplotlib.figure import Figure
+def spread(steps: Sequence[float]) -> str:
+    """Full steps of the samples: one number, or the mean and how many took how many."""
+    counts: dict[int, int] = {}
+    for value in steps:
+        counts[round(value)] = counts.get(round(value), 0) + 1
+    if len(counts) == 1:
+        return f"{steps[0]:.3g}"
+    bars = ", ".join(f"{value}: {count}" for value, count in sorted(counts.items()))
+    return (
+        f"{sum(steps) / len(steps):.1f} ({bars})"
+        if len(counts) <= 9
+        else (f"{sum(steps) / len(steps):.1f} ({min(counts)} to {max(counts)})")
+    )
 
-    figure = Figure(figsize=(12, 5.4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for panel, (title, q) in zip(axes, {"median sample": 0.5, "5th percentile": 0.05}.items(), strict=True):
-        for index, (name, points) in enumerate(curves(rows).items()):
-            ordered = sorted(points, key=lambda point: point.speed)
-            heights = [torch.tensor(point.values, dtype=torch.float64).quantile(q).item() for point in ordered]
-            style = dict(color="#d8573c", lw=2.6, zorder=5) if name == OURS else dict(color=f"C{index % 10}", lw=1.1)
-            mark = "osv^D"[index // 10 + index % 2]
-            panel.plot([p.speed for p in ordered], heights, marker=mark, ms=3.5, label=name, **style)
-        panel.set(xscale="log", xlabel="times fewer FLOPs in the transformer", title=title)
-        panel.set_xticks(SPEEDS, [f"{speed:g}x" for speed in SPEEDS], minor=False)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("PSNR to the own full run, dB")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    figure.suptitle(f"{rows[0]['model']}: what is left at what cost")
-    for kind in ("svg", "png"):
-        figure.savefig(place / f"curves.{kind}", dpi=150)
+
+def size(count: int | None) -> str:
+    """Bytes in a readable unit."""
+    if count is None:
+        return "-"
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def peak(count: int | None) -> str:
+    """The rise of a process's memory, which is coarse: pages that were free before do not show."""
+    return "below 1 MiB" if count is not None and count < 2**20 else size(count)
+
+
+def score_table(rows: Rows) -> list[str]:
+    """Markdown: agreement and distances of the settings near the speeds of the tables, those of the full run above."""
+    full = next((r for r in rows if r["kind"] == "full"), {})
+    kinds = {
+        "agreement": "asked class", "same_class": "class of own full run", "kid_real": "KID to real",
+        "kid_full": "KID to full run", "feature_distance": "feature distance",
+    }  # fmt: skip
+    scored = [r for r in measured(rows) if any(k in r for k in kinds) and (r["method"] == "none" or near(r))]
+    used = [k for k in kinds if any(k in r for r in [*scored, full])]
+    if not used:
+        return []
+    lines = [f"| method | FLOPs | {' | '.join(kinds[k] for k in used)} |", f"| --- | ---: |{' ---: |' * len(used)}"]
+    for row in scored:
+        cells = [_score(k, row.get(k)) for k in used]
+        lines.append(f"| {row['method']} {row['value']} | {row['flops_speedup']:.2f}x | {' | '.join(cells)} |")
+    return lines
+
+
+def near(row: dict[str, Any]) -> bool:
+    """Whether a setting is near a speed of the tables."""
+    return any(abs(row["flops_speedup"] / speed - 1) < 0.15 for speed in SPEEDS)
+
+
+def _score(kind: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if kind in ("agreement", "same_class"):
+        return f"{value:.1%}"
+    return f"{statistics.median(value) if isinstance(value, list) else value:.4f}"
+
+
+def batch_table(rows: Rows) -> list[str]:
+    """Markdown: realised speed-up in time by size of the batch, nearest setting to each speed of the tables."""
+    batches = sorted({r["batch"] for r in rows if r["kind"] == "time"})
+    if len(batches) < 2:
+        return []
+    by = {b: {(r["method"], r["value"]): r["wall_all"] for r in measured(rows, b)} for b in batches}
+    lines = [
+        f"| method | FLOPs | {' | '.join(f'batch {b}' for b in batches)} |",
+        f"| --- | ---: |{' ---: |' * len(batches)}",
+    ]
+    for row in measured(rows):
+        key = (row["method"], row["value"])
+        found = [by[b].get(key) or [] for b in batches]
+        if row["method"] != "none" and near(row) and all(found):
+            cells = " | ".join(_range(ratios) for ratios in found)
+            lines.append(f"| {row['method']} {row['value']} | {row['flops_speedup']:.2f}x | {cells} |")
+    return lines if len(lines) > 2 else []
+
+
+def _range(ratios: Sequence[float]) -> str:
+    middle = f"{statistics.median(ratios):.2f}x"
+    return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def guarantee_table(rows: Rows, targets: Sequence[float] = (30.0, 34.0, 38.0, 42.0)) -> list[str]:
+    """Markdown: how fast each method may be for its 5th percentile to reach a quality: the price of a guarantee."""
+    lines = [
+        f"| method | {' | '.join(f'P5 at {t:g} dB' for t in targets)} |",
+        f"| --- |{' ---: |' * len(targets)}",
+    ]
+    found = []
+    for name, points in curves(rows).items():
+        speeds = [needed(points, target, 0.05) for target in targets]
+        cells = [f"{speed:.2f}x" if speed else "-" for speed in speeds]
+        found.append((sum(s or 0.0 for s in speeds), f"| {name} | {' | '.join(cells)} |"))
+    return [*lines, *(line for _, line in sorted(found, reverse=True))]
+
+
+def signal_table(rows: Rows) -> list[str]:
+    """Markdown: rank correlations and areas under the curve of each error signal."""
+    found = verdicts(rows)
+    if not found:
+        why = next((r["reason"] for r in rows if r["kind"] == "no signals"), "")
+        return [f"Not measured: {why}"] if why else []
+    lines = [
+        "| signal | Spearman, true error | among samples | AUC | Spearman, effect | among samples | AUC |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in sorted(found, key=lambda r: -r["spearman effect"]):
+        cells = [f"{row[f'{k} {t}']:.2f}" for t in ("true error", "effect") for k in ("spearman", "within", "auc")]
+        lines.append(f"| {row['signal']} | {' | '.join(cells)} |")
+    return lines
+
+
+def missing_table(rows: Rows) -> list[str]:
+    """Markdown: what could not run, and why."""
+    settings: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["kind"] == "quality" and "reason" in row:
+            settings.setdefault((row["method"], row["reason"].replace("|", "/")), []).append(str(row["value"]))
+    lines = [f"| {method} | {', '.join(values)} | {why} |" for (method, why), values in settings.items()]
+    return ["| method | settings | why |", "| --- | --- | --- |", *lines] if lines else []
+
+
+# ------------------------------------------------------------------------------------------------ the page
+def about(row: dict[str, Any]) -> list[str]:
+    """What was run on what, as paragraphs."""
+    tuning, seeds, plan = row["tuning_seeds"], row["seeds"], row["suite"]
+    machine = ", ".join(f"{k} {v}" for k, v in row["hardware"].items())
+    return [
+        f"`{row['pipeline']}` with {row['transformer']} ({row['blocks']} blocks, {row['parameters'] / 1e6:.1f} M "
+        f"parameters) and {row['scheduler']}, {plan['steps']} steps, {len(seeds)} samples (seeds {seeds[0]} to "
+        f"{seeds[-1]}). Each is compared with the full run of its own seed. Schedules were searched, and rivals "
+        f"calibrated, on seeds from {tuning[0]}. A method's value at a speed lies between two neighbours of the best "
+        "settings of its own sweep, never beyond. Names in italics are oracles: they know the full run, and no method "
+        "can. A star marks a difference whose 95 % interval leaves out zero."
+        + (" Seconds are processor seconds." if row["hardware"].get("device") == "cpu" else ""),
+        f"Hardware: {machine}. Versions: {', '.join(f'{k} {v}' for k, v in row['versions'].items())}.",
+    ]
+
+
+def markdown(rows: Rows) -> str:
+    """The report; its plots are expected beside it."""
+    lines = [f"# Bench: {rows[0]['model']}", ""]
+    for paragraph in about(rows[0]):
+        lines += [paragraph, ""]
+    lines += ["![Typical and worst at the same cost](summary.svg)", "", "![Quality against speed](curves.svg)"]
+    for axis, words in AXES.items():
+        if any(r.get(f"{axis}_speedup") for r in measured(rows)):
+            for speed in SPEEDS:
+                lines += ["", f"## {speed:g}x fewer {words}", "", *table(rows, speed, axis)]
+    parts = {
+        "How fast for a guarantee": guarantee_table(rows),
+        "How good is the check?": signal_table(rows),
+        "Agreement and distances": [*score_table(rows), *_notes(rows)],
+        "Batches": batch_table(rows),
+        "Every setting": settings_table(rows),
+        "What could not run": missing_table(rows),
+    }
+    for title, part in parts.items():
+        if part:
+            lines += ["", f"## {title}", "", *part]
+    return "\n".join(lines) + "\n"
+
+
+def _notes(rows: Rows) -> list[str]:
+    notes: list[str] = next((r.get("notes", []) for r in rows if r["kind"] == "full"), [])
+    return ["", *(f"{note[0].upper()}{note[1:]}" for note in notes)] if notes else []
 
 
 def write(rows: Rows, place: Path) -> None:
-    """`report.md`, `curves.svg`, `curves.png` and `index.html`, which needs no other file, into `place`."""
-    plot(rows, place)
+    """`report.md`, pictures as SVG and PNG, and `index.html`, which needs no other file, into `place`."""
+    from .page import page
+    from .plots import plot, summary
+
+    plot(rows, place, "curves")
+    summary(rows, place, "summary")
     words = markdown(rows)
     (place / "report.md").write_text(words, encoding="utf-8")
-    picture = base64.b64encode((place / "curves.svg").read_bytes()).decode()
-    (place / "index.html").write_text(page(words, picture), encoding="utf-8")
-
-
-def page(words: str, picture: str) -> str:
-    """The Markdown of `markdown` as HTML: headings, tables, paragraphs, and the picture within it."""
-    body, in_table = [], False
-    for line in words.splitlines():
-        cells = [html.escape(cell.strip()) for cell in line.strip("|").split("|")] if line.startswith("|") else []
-        if in_table and not cells:
-            body.append("</table>")
-        if cells and not line.startswith("| ---"):
-            tag = "td" if in_table else "th"
-            body.append(("" if in_table else "<table>") + "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells))
-        in_table = bool(cells)
-        if line.startswith("#"):
-            level = len(line) - len(line.lstrip("#"))
-            body.append(f"<h{level}>{html.escape(line.lstrip('# '))}</h{level}>")
-        elif line.startswith("!["):
-            body.append(f'<img src="data:image/svg+xml;base64,{picture}" alt="Quality against speed">')
-        elif line and not cells:
-            body.append(f"<p>{html.escape(line)}</p>")
-    style = (
-        "body{font:15px/1.5 system-ui;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#18181b}img{width:100%}"
-        "table{border-collapse:collapse;font-size:13px}th,td{padding:.25rem .7rem;text-align:left;"
-        "border-bottom:1px solid #e4e4e7}"
-    )
-    close = "</table>" if in_table else ""
-    return f'<!doctype html><meta charset="utf-8"><title>speca bench</title><style>{style}</style>' + "\n".join(
-        [*body, close]
+    (place / "index.html").write_text(
+        page(words, {name: place / name for name in ("summary.svg", "curves.svg")}), encoding="utf-8"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,25 +13,55 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, nearest
-from ..measure import Run, example_call, hardware
-from .measure import full_steps, quality, run, run_counted, search
-from .methods import Method, chosen
+from ..measure import Run, hardware, run_once, ticking
+from ..pipeline import transformers_of
+from .field import chosen
+from .measure import Cost, full_steps, quality, timed, weighed
+from .methods import Method
+from .oracle import fewest_steps
+from .pareto import SPEEDS
+from .recording import Ground
+from .rivals import TUNING_SEED
+from .scores import NEAR, Judge, arguments
 
 Progress = Callable[[int, int, str], None]
 """Called with (settings done, settings in all, what comes next)."""
 
-TUNING_SEED = 500_000  # tuning seeds count up from here, reporting seeds from 0
+AGAIN = 60.0  # seconds after which the full run is timed anew, as a shared machine changes its pace
+SHARE, COUNTED, PICTURE = 0.45, 1.35, 0.12
+"""For `estimate`: what a setting costs of a full run, what counting adds, seconds for the features of a picture."""
+TARGETS = (30.0, 32.0, 34.0, 36.0, 38.0, 40.0, 44.0)  # dB, of "oracle-steps"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Calls of `batch` samples, timed in `rounds`; with `near`, only settings near a speed of the tables."""
+
+    batch: int
+    rounds: int
+    near: bool = False
 
 
 @dataclass(frozen=True)
 class Suite:
-    """How much is run: samples reported on, samples of a timed call, rounds of timing, tuning samples and tries."""
+    """How much is run.
+
+    Attributes:
+        samples, batch, steps: samples reported on, samples of one call, denoising steps.
+        sweep: settings of each method, 0 for all.
+        timings: what is timed, in this order.
+        tuning, tries: tuning samples, and runs over them in the search for a schedule.
+        features: whether distances of sets are taken, near the speeds of the tables.
+        signals: samples on which error signals are compared with the true error, 0 for none.
+    """
 
     samples: int
-    timed: int
-    rounds: int
     tuning: int
     tries: int
+    sweep: int = 0
+    timings: tuple[Timing, ...] = (Timing(2, 1),)
+    features: bool = False
+    signals: int = 0
     batch: int = 16
     steps: int = 50
 
@@ -39,9 +71,12 @@ class Suite:
 
 
 SUITES = {
-    "quick": Suite(samples=12, timed=2, rounds=1, tuning=4, tries=4),
-    "full": Suite(samples=128, timed=8, rounds=7, tuning=16, tries=60, batch=32),
-}
+    "quick": Suite(samples=6, tuning=4, tries=3, sweep=3, batch=6, timings=(Timing(2, 1),)),
+    "full": Suite(
+        samples=32, tuning=8, tries=14, batch=16, features=True, signals=8,
+        timings=(Timing(8, 1), Timing(8, 2, near=True), Timing(1, 3, near=True), Timing(32, 1, near=True)),
+    ),
+}  # fmt: skip
 
 
 def suite(name: str) -> Suite:
@@ -49,11 +84,6 @@ def suite(name: str) -> Suite:
     if name not in SUITES:
         raise InputError(f"there is no suite {name!r}; {nearest(name, SUITES)}")
     return SUITES[name]
-
-
-def arguments(pipe: Any, seeds: Sequence[int], steps: int) -> dict[str, Any]:
-    """Arguments of a call with one class or prompt a seed, the same for the same seed in every run."""
-    return {**example_call(pipe, seeds), "num_inference_steps": steps}
 
 
 Arguments = Callable[[Any, Sequence[int], int], dict[str, Any]]
@@ -75,12 +105,12 @@ class Bench:
         make: Arguments = arguments,
     ) -> None:
         """`field` holds the methods, none to measure against first; without it, all that there are."""
-        self.pipe, self.plan, self.make = pipe, plan, make
-        self.field = list(field) or chosen([], plan.steps)
+        self.pipe, self.model, self.plan, self.make = pipe, model, plan, make
+        self.field = list(field) or chosen([], plan.steps, plan.sweep)
         self.file = out / "results.jsonl"
         self.seeds = list(range(plan.samples))
         self.tuning = list(range(TUNING_SEED, TUNING_SEED + plan.tuning))
-        about = {"model": model, "suite": dataclasses.asdict(plan), "seeds": self.seeds, "tuning_seeds": self.tuning}
+        about = {"model": model, "suite": _plain(plan), "seeds": self.seeds, "tuning_seeds": self.tuning}
         self.rows: list[dict[str, Any]] = []
         if self.file.is_file():
             self.rows = read(self.file)
@@ -89,70 +119,174 @@ class Bench:
                     raise InputError(f"{self.file} was begun with another {name}; give --out another folder.")
         else:
             out.mkdir(parents=True, exist_ok=True)
-            self._write({"kind": "about", **about, "hardware": hardware(pipe), "versions": versions()})
+            self._write({"kind": "about", **about, "hardware": hardware(pipe), "versions": versions(), **shape(pipe)})
+        self._ground = Ground(
+            pipe, self.call(self.seeds), self.seeds, self.call(self.tuning), self.tuning, plan.batch, plan.tries
+        )
+
+    def call(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Arguments for one sample a seed."""
+        return self.make(self.pipe, seeds, self.plan.steps)
+
+    @property
+    def settings(self) -> list[tuple[Method, Any]]:
+        return [(method, value) for method in self.field for value in method.values]
+
+    def estimate(self) -> float:
+        """Seconds that all of it takes on this machine, from one full run of a few samples; within a third or so."""
+        seeds, plan = self.tuning[:4], self.plan
+        with ticking(self.pipe, None, 0):
+            run_once(self.pipe, {**self.call(seeds), "num_inference_steps": 2}, seeds, None)  # the first call is slow
+            began = time.process_time()
+            made = run_once(self.pipe, self.call(seeds), seeds, None)
+        alone = time.process_time() - began if made.hardware["device"] == "cpu" else made.seconds_total
+        sample = alone / len(seeds) / (made.hardware["threads"] if made.hardware["device"] == "cpu" else 1)
+        return sample * self.effort() + (PICTURE * self.samples_near() if plan.features else 0.0)
+
+    def effort(self) -> float:
+        """The same in full runs of one sample."""
+        plan, settings = self.plan, len(self.settings)
+        searched = [v for m in self.field for v in m.values if m.name.startswith("searched")]
+        near = 2.5 * len(self.field)  # settings near a speed of the tables
+        work: float = settings * plan.samples * SHARE * COUNTED + 2 * plan.samples
+        work += sum(plan.tuning * (plan.tries + 2) * v / plan.steps * 1.5 for v in searched)
+        for timing in plan.timings:
+            count = near if timing.near else settings
+            work += timing.rounds * timing.batch * (count * SHARE * 1.2 + len(self.field) / 2)
+        return work + plan.signals * 12 * 2.5
+
+    def samples_near(self) -> float:
+        """Pictures that features are taken of."""
+        return self.plan.samples * 2.5 * len(self.field)
 
     def run(self, progress: Progress | None = None) -> list[dict[str, Any]]:
         """Do what is missing, and return all rows."""
-        settings = [(method, value) for method in self.field for value in method.values]
-        total = len(settings) * (1 + self.plan.rounds)
-        call, reference = self.make(self.pipe, self.seeds, self.plan.steps), None
-        for done, (method, value) in enumerate(settings):
-            if progress:
-                progress(done, total, f"{method.name} {value}")
-            if self._has("quality", method, value):
-                continue
-            if reference is None:
-                reference = run_counted(self.field[0], self.pipe, call, 0, self.seeds, self.plan.batch)
-            self._quality(method, value, call, reference)
-        for number in range(self.plan.rounds):
-            for done, (method, value) in enumerate(settings):
-                if progress:
-                    progress(len(settings) * (1 + number) + done, total, f"timing {method.name} {value}")
-                self._time(method, value, number)
+        self._tell = progress or (lambda done, total, what: None)
+        self._done, self._total = 0, len(self.settings) * (1 + sum(t.rounds for t in self.plan.timings))
+        with ticking(self.pipe, None, 0):  # one bar is enough
+            self._all_quality()
+            for timing in self.plan.timings:
+                for number in range(timing.rounds):
+                    self._round(timing, number)
+            if self.plan.signals and not any(r["kind"] in ("signal", "no signals") for r in self.rows):
+                self._signals()
         return self.rows
 
-    def _quality(self, method: Method, value: Any, call: dict[str, Any], reference: tuple[Run, int]) -> None:
+    def _all_quality(self) -> None:
+        missing = [(m, v) for m, v in self.settings if not self._has("quality", m, v)]
+        self._done += len(self.settings) - len(missing)
+        if not missing:
+            return
+        full, cost = weighed(self.field[0].apply, self.pipe, self.call(self.seeds), 0, self.seeds, self.plan.batch)
+        judge = Judge(self.model, self.pipe, self.seeds, self.plan.features)
+        scores = judge.of_full(full.images)
+        if len(missing) == len(self.settings):
+            self._write({"kind": "full", **scores, "notes": judge.notes})
+        for method, value in missing:
+            self._next(f"{method.name} {value}")
+            self._quality(method, value, full, cost, judge)
+        for row in fewest_steps(self.rows, "searched-schedule", TARGETS):
+            if not self._has("quality", row["method"], row["value"]):
+                self._write(row)
+
+    def _quality(self, method: Method, value: Any, full: Run, full_cost: Cost, judge: Judge) -> None:
         row: dict[str, Any] = {"kind": "quality", "method": method.name, "knob": method.knob, "value": value}
-        full, flops_full = reference
+        row |= {"family": method.family, "package": method.package, "steps": self.plan.steps}
         try:
             given = value
-            if method.searched:
-                tuning = self.make(self.pipe, self.tuning, self.plan.steps)
-                given = search(method, self.pipe, tuning, value, self.tuning, self.plan.batch, self.plan.tries)
-                row["schedule"] = sorted(given)
-            made, flops = run_counted(method, self.pipe, call, given, self.seeds, self.plan.batch)
+            if method.prepare:
+                given = row["given"] = method.prepare(self._ground, value)
+            made, cost = weighed(method.apply, self.pipe, self.call(self.seeds), given, self.seeds, self.plan.batch)
         except Exception as error:  # rivals raise whatever they like; the row says what
             words = (str(error).strip().splitlines() or ["no message"])[0]
             self._write({**row, "reason": f"{type(error).__name__}: {words[:300]}"})
             return
-        row |= {"flops": flops, "flops_full": flops_full, "flops_speedup": flops_full / flops}
-        row["full_steps"] = full_steps(made, self.plan.steps, flops, flops_full)
+        flops_full = full_cost.flops
+        speed = flops_full / cost.flops
+        row |= {"flops": cost.flops, "flops_full": flops_full, "flops_speedup": speed, "peak_bytes": cost.peak}
+        row["full_steps"] = full_steps(made, self.plan.steps, cost.flops, flops_full)
+        row["bytes_per_sample"] = cost.kept
         if made.report:
-            row |= {"bytes_per_sample": made.report.bytes_per_sample, "host_reads": made.report.host_reads}
-        self._write({**row, **quality(made.images, full.images)})
+            row["host_reads"] = made.report.host_reads
+        self._write({**row, **quality(made.images, full.images), **judge.of(made.images, speed)})
 
-    def _time(self, method: Method, value: Any, number: int) -> None:
-        if self._has("time", method, value, number):
-            return
-        known = next(
+    def _round(self, timing: Timing, number: int) -> None:
+        """One round of timing; the full run is timed beside it again and again."""
+        full, taken = None, -AGAIN
+        for method, value in self.settings:
+            self._next(f"timing {method.name} {value}, batch {timing.batch}")
+            known = self._known(method, value)
+            if self._has("time", method, value, (timing.batch, number)) or not _timed(known, timing):
+                continue
+            if full is None or time.monotonic() - taken > AGAIN:
+                full, taken = self._play(self.field[0], 0, timing.batch), time.monotonic()
+            made = full if method.name == "none" else self._play(method, known.get("given", value), timing.batch)
+            (run, spent), (plain, spent_full) = made, full
+            self._write(
+                {"kind": "time", "method": method.name, "value": value, "round": number, "batch": timing.batch,
+                 "seconds": run.seconds, "seconds_total": run.seconds_total, "seconds_full": plain.seconds,
+                 "seconds_full_total": plain.seconds_total, "processor": spent, "processor_full": spent_full}
+            )  # fmt: skip
+
+    def _play(self, method: Method, given: Any, batch: int) -> tuple[Run, float]:
+        seeds = [self.seeds[k % len(self.seeds)] for k in range(batch)]
+        return timed(method.apply, self.pipe, self.call(seeds), given, seeds, batch)
+
+    def _signals(self) -> None:
+        from .signals import signal_rows
+
+        self._tell(self._total, self._total, "how good is the check?")
+        try:
+            rows = signal_rows(self.pipe, self.call(self.seeds[: self.plan.signals]), self.seeds[: self.plan.signals])
+        except InputError as problem:
+            rows = [{"kind": "no signals", "reason": str(problem)}]
+        for row in rows:
+            self._write(row)
+
+    def _next(self, what: str) -> None:
+        self._tell(self._done, self._total, what)
+        self._done += 1
+
+    def _known(self, method: Method, value: Any) -> dict[str, Any]:
+        return next(
             r for r in self.rows if r["kind"] == "quality" and (r["method"], r["value"]) == (method.name, value)
         )
-        if "reason" in known:
-            return
-        seeds = self.seeds[: self.plan.timed]
-        given = frozenset(known["schedule"]) if method.searched else value
-        made = run(method, self.pipe, self.make(self.pipe, seeds, self.plan.steps), given, seeds, self.plan.timed)
-        row = {"kind": "time", "method": method.name, "value": value, "round": number}
-        self._write({**row, "seconds": made.seconds, "seconds_total": made.seconds_total})
 
-    def _has(self, kind: str, method: Method, value: Any, number: int | None = None) -> bool:
-        wanted = (kind, method.name, value, number)
-        return any((r["kind"], r.get("method"), r.get("value"), r.get("round")) == wanted for r in self.rows)
+    def _has(self, kind: str, method: Method | str, value: Any, at: tuple[int, int] = (0, 0)) -> bool:
+        name = method if isinstance(method, str) else method.name
+        rows = (r for r in self.rows if r["kind"] == kind and (r["method"], r["value"]) == (name, value))
+        return any(kind != "time" or (r["batch"], r["round"]) == at for r in rows)
 
     def _write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def _timed(known: dict[str, Any], timing: Timing) -> bool:
+    """Whether a setting is timed; an oracle is not, as its time is nobody's."""
+    if "reason" in known or known["family"] == "oracle":
+        return False
+    speed = known["flops_speedup"]
+    return not timing.near or known["method"] == "none" or any(abs(math.log(speed / s)) < NEAR for s in SPEEDS)
+
+
+def _plain(plan: Suite) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(plan)))  # type: ignore[no-any-return]
+
+
+def shape(pipe: Any) -> dict[str, Any]:
+    """What was measured, in a few words: classes of pipeline, transformer and scheduler, blocks and parameters."""
+    model = transformers_of(pipe)[0]
+    from ..model.gate import block_lists
+
+    return {
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "transformer": type(model).__name__,
+        "blocks": sum(len(blocks) for blocks in block_lists(model).values()),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def read(file: Path) -> list[dict[str, Any]]:

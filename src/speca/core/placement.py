@@ -115,7 +115,5 @@ def _move(
     omega = np.zeros(len(nodes))
     for draft, share in zip(drafts, prior.weights(nodes, drafts), strict=True):
         omega = transitions[draft].keep * omega + transitions[draft].move * share
-    known = [told, *(c for _, c in anchors)]
-    gap: Array = np.stack(known).T.dot(omega) - drift
-    gap /= 1 - float(omega[0]) * transitions[step].pull
-    return gap
+    known: Array = np.stack([told, *(c for _, c in anchors)])
+    return (omega @ known - drift) / (1 - float(omega[0]) * transitions[step].pull)  # type: ignore[no-any-return]

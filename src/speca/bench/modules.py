@@ -1,0 +1,184 @@
+"""Caches at the authors' granularity, one for each attention and MLP, on unmodified DiT, FLUX and HunyuanVideo models.
+
+For comparison only: TaylorSeer (arXiv:2503.06923) at even intervals, and SpeCa as its authors released it, with one
+verdict for the whole batch that acts a step late. `speca` itself keeps two tensors; this keeps `order + 1` for every
+module. Modules of a model are wrapped, its code is neither copied nor changed; on exit they are as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SpecaConfig
+from ..core.controller import ACCEPTED, FULL, Controller, Plan, Trajectory, controller
+from ..core.verify import elementwise_l1
+from ..errors import InputError
+from .methods import Apply, Call, Setup
+
+FORECAST, SILENT = "forecast", "silent"
+LAYOUTS: dict[str, dict[str, dict[str, str]]] = {
+    "DiTTransformer2DModel": {"transformer_blocks": {"attn1": FORECAST, "ff": FORECAST}},
+    "FluxTransformer2DModel": {
+        "transformer_blocks": {"attn": FORECAST, "ff": FORECAST, "ff_context": FORECAST},
+        "single_transformer_blocks": {"attn": SILENT, "proj_mlp": SILENT, "act_mlp": SILENT, "proj_out": FORECAST},
+    },
+}
+"""What of each block is forecast, and what is left out as only a forecast follows: the choice of the released code."""
+LAYOUTS["HunyuanVideoTransformer3DModel"] = LAYOUTS["FluxTransformer2DModel"]
+ORDERS = {"DiTTransformer2DModel": 4, "FluxTransformer2DModel": 2, "HunyuanVideoTransformer3DModel": 1}
+"""The authors' orders for each model."""
+
+
+class Tower:
+    """The newest full output of one module with its finite differences, and the Taylor sum over them."""
+
+    def __init__(self, order: int) -> None:
+        self.order, self.step = order, -1
+        self.terms: list[Tensor] = []
+
+    def push(self, value: Tensor, step: int) -> None:
+        """`d_0 = F, d_{i+1} = (d_i - old d_i) / gap`: the differences of the released code, by the newest gap alone."""
+        terms, gap = [value], step - self.step
+        for old in self.terms[: self.order]:
+            terms.append((terms[-1] - old) / gap)
+        self.terms, self.step = terms, step
+
+    def at(self, step: int) -> Tensor:
+        ahead = step - self.step
+        total: Tensor = self.terms[0]
+        for i, term in enumerate(self.terms[1:], 1):
+            total = total + term * (ahead**i / math.factorial(i))
+        return total
+
+    def bytes(self) -> int:
+        return sum(term.numel() * term.element_size() for term in self.terms)
+
+
+class ModuleCache:
+    """All wrapped modules of one transformer, and what they do at the step that is under way."""
+
+    def __init__(self, model: nn.Module, order: int, judge: Controller) -> None:
+        self.judge, self.order = judge, order
+        self.towers: dict[str, list[Tower]] = {}
+        self.shapes: dict[str, list[torch.Size]] = {}
+        self.step, self.total, self.drafting = 0, 1, False
+        self.record = Trajectory(0, ())
+        self.held = 0
+        layout = LAYOUTS.get(type(model).__name__)
+        if layout is None:
+            raise InputError(
+                f"no table of the modules of {type(model).__name__}; there is one for {', '.join(LAYOUTS)}."
+            )
+        self.parts = [
+            (f"{stack}.{index}.{name}", block.get_submodule(name), kind)
+            for stack, names in layout.items()
+            for index, block in enumerate(getattr(model, stack))
+            for name, kind in names.items()
+        ]
+        self.last = getattr(model, list(layout)[-1])[-1]
+        self.last_out = next((n for n, m, _ in self.parts if m is getattr(self.last, "proj_out", None)), "")
+
+    def begin(self, total: int) -> None:
+        """A new run of `total` steps."""
+        self.towers, self.shapes, self.step, self.total = {}, {}, 0, total
+        self.record = Trajectory(0, (), total=total)
+
+    def forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The transformer's forward, one step for each call."""
+
+        @functools.wraps(original)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.record.step, self.record.error = self.step, self.record.error
+            self.plan = self.judge.plan(self.record)
+            self.drafting, self.error = self.plan is not Plan.FULL, None
+            out = original(*args, **kwargs)
+            self.record.note(ACCEPTED if self.drafting else FULL, self.error)
+            self.drafting = False
+            self.held = max(self.held, sum(t.bytes() for towers in self.towers.values() for t in towers))
+            self.step += 1
+            return out
+
+        return run
+
+    def wrap(self, name: str, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A module's forward: real and remembered in a full step, forecast or left out in a draft."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not self.drafting:
+                out = original(*args, **kwargs)
+                parts = list(out) if isinstance(out, tuple) else [out]
+                if kind == FORECAST:
+                    towers = self.towers.setdefault(name, [Tower(self.order) for _ in parts])
+                    for tower, part in zip(towers, parts, strict=True):
+                        tower.push(part, self.step)
+                else:
+                    self.shapes[name] = [part.shape for part in parts]
+                return out
+            if kind == FORECAST:
+                parts = [tower.at(self.step) for tower in self.towers[name]]
+            else:  # nothing reads it but the module that is forecast
+                like = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+                parts = [like.new_zeros(()).expand(shape) for shape in self.shapes[name]]
+            return tuple(parts) if len(parts) > 1 else parts[0]
+
+        return run
+
+    def verify(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The last block's forward: in a checked draft it runs once more, for real, and only the error is kept."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            out = original(*args, **kwargs)
+            if self.drafting and self.plan is Plan.CHECKED:
+                kept = {name: [(t.terms, t.step) for t in towers] for name, towers in self.towers.items()}
+                self.drafting = False
+                real = original(*args, **kwargs)
+                told = self.towers[self.last_out][0].terms[0] if self.last_out else None
+                self.drafting = True
+                for name, towers in kept.items():
+                    for tower, (terms, step) in zip(self.towers[name], towers, strict=True):
+                        tower.terms, tower.step = terms, step
+                if told is None:  # DiT compares the hidden states, FLUX and HunyuanVideo the branch before its gate
+                    forecast, told = out, real
+                else:
+                    forecast = self.towers[self.last_out][0].at(self.step)
+                self.error = float(elementwise_l1(forecast.flatten()[None], told.flatten()[None]))
+            return out
+
+        return run
+
+    error: float | None = None
+    plan: Plan = Plan.FULL
+
+
+def per_module(settings: Callable[[Any], SpecaConfig], order: int | None = None) -> Apply:
+    """Caches of single modules under the controller of `settings(value)`; `order` None is the authors'."""
+
+    @contextmanager
+    def apply(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:
+        model = pipe.transformer
+        given = ORDERS.get(type(model).__name__, 1) if order is None else order
+        cache = ModuleCache(model, given, controller(settings(value)))
+        wrapped: list[tuple[nn.Module, Callable[..., Any]]] = [
+            (part, cache.wrap(name, kind, part.forward)) for name, part, kind in cache.parts
+        ]
+        wrapped += [(cache.last, cache.verify(cache.last.forward)), (model, cache.forward(model.forward))]
+        before: list[tuple[nn.Module, Any]] = [(part, part.__dict__.get("forward")) for part, _ in wrapped]
+        for part, forward in wrapped:
+            part.__dict__["forward"] = forward
+        try:
+            yield Setup(pipe, call, begin=lambda _: cache.begin(call["num_inference_steps"]), bytes=lambda: cache.held)
+        finally:
+            for part, own in before:
+                if own is None:
+                    del part.__dict__["forward"]
+                else:
+                    part.__dict__["forward"] = own
+
+    return apply

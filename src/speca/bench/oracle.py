@@ -1,0 +1,87 @@
+"""Oracles: they know each sample's own full run, which no method can; they say what placing full steps could give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..config import SpecaConfig
+from ..core.controller import CONTROLLERS, Controller, Plan, ScheduleController, Trajectory
+from ..pipeline import enabled
+from .methods import Call, Prepare, Setup
+from .recording import Ground, anneal, true_errors
+
+OWN_TRIES = 600  # of a search on a single sample
+
+
+@contextmanager
+def instead(name: str, cls: type[Controller]) -> Iterator[None]:
+    """Inside, the controller called `name` is `cls`."""
+    own = CONTROLLERS[name]
+    CONTROLLERS[name] = cls
+    try:
+        yield
+    finally:
+        CONTROLLERS[name] = own
+
+
+@contextmanager
+def own_schedules(
+    pipe: Any, call: Call, schedules: Sequence[Sequence[int]], corrector: bool = False
+) -> Iterator[Setup]:
+    """Each sample in full at its own steps: entry k of `schedules` is for sample k of all that are made."""
+    first = 0
+
+    class Own(ScheduleController):
+        def plan(self, trajectory: Trajectory) -> Plan:
+            due = trajectory.step in schedules[first + trajectory.sample]
+            return Plan.FULL if due or trajectory.fulls < self.config.anchors else Plan.UNCHECKED
+
+    def begin(offset: int) -> None:
+        nonlocal first
+        first = offset
+
+    config = SpecaConfig(controller="schedule", schedule=(0,), warmup=2, final=0, corrector=corrector)
+    with instead("schedule", Own), enabled(pipe, config) as session:
+        yield Setup(pipe, call, session, begin)
+
+
+def own_search(corrected: bool) -> Prepare:
+    """For each reporting sample, the schedule of so many full steps that is best on its own recording."""
+
+    def prepare(ground: Ground, full: int) -> list[list[int]]:
+        recording = ground.recording(reporting=True)
+        return [anneal(recording.of(k), full, corrected, OWN_TRIES, seed=k) for k in range(len(ground.seeds))]
+
+    return prepare
+
+
+def own_errors(ground: Ground, tolerance: float) -> list[list[int]]:
+    """For each reporting sample, the steps whose draft would be off by more than `tolerance`, truly."""
+    return true_errors(ground.recording(reporting=True), tolerance)
+
+
+def fewest_steps(rows: Sequence[dict[str, Any]], family: str, targets: Sequence[float]) -> list[dict[str, Any]]:
+    """Rows of "oracle-steps": of the schedules in the rows of method `family`, the cheapest that reaches each PSNR.
+
+    Nothing is run for it: it picks, for each sample on its own, among what was measured. A sample that no schedule
+    brings to the target costs a full run.
+    """
+    measured = sorted((r for r in rows if r.get("method") == family and "psnr" in r), key=lambda r: float(r["flops"]))
+    out: list[dict[str, Any]] = []
+    for target in targets if measured else ():
+        psnr, spent, flops = [], [], 0.0
+        full = measured[0]["flops_full"] / len(measured[0]["psnr"])
+        steps = max(r["steps"] for r in measured)
+        for k in range(len(measured[0]["psnr"])):
+            reached = next((r for r in measured if r["psnr"][k] >= target), None)
+            psnr.append(reached["psnr"][k] if reached else 150.0)
+            spent.append(reached["full_steps"][k] if reached else float(steps))
+            flops += reached["flops"] / len(reached["psnr"]) if reached else full
+        flops_full = measured[0]["flops_full"]
+        about = dict(kind="quality", method="oracle-steps", knob="PSNR dB", value=target, steps=steps, derived=True)
+        about |= dict(family="oracle", package="speca")
+        cost = dict(flops=flops, flops_full=flops_full, flops_speedup=flops_full / flops, full_steps=spent)
+        out.append({**about, **cost, "psnr": psnr, "ssim": [], "relative_l2": []})
+    return out

@@ -1,0 +1,245 @@
+"""The caches of diffusers and cache-dit behind the interface of `methods`: each as its own documents say."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import io
+import itertools
+import logging
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..measure import run_once
+from .methods import Apply, Call, Setup
+
+Build = Callable[[Any, Call, Any], Any]
+TUNING_SEED = 500_000  # tuning seeds count up from here, reporting seeds from 0
+
+
+# ------------------------------------------------------------------------------------------------ diffusers
+def diffusers_cache(build: Build, told: bool = False) -> Apply:
+    """A cache of diffusers, from the configuration that `build(pipe, call, value)` makes.
+
+    A transformer whose class is no CacheMixin is made one for as long as the cache is on it, and a pipeline that names
+    no cache context gets one at each call: so these caches run on `DiTPipeline` too. Where `told`, the context says
+    at which step of how many, and at which noise level, a call stands.
+    """
+
+    @contextmanager
+    def apply(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:
+        with cacheable(pipe, call["num_inference_steps"] if told else 0) as model:
+            model.enable_cache(build(pipe, call, value))
+            try:
+                yield Setup(pipe, call)
+            finally:
+                model.disable_cache()
+
+    return apply
+
+
+@contextmanager
+def cacheable(pipe: Any, steps: int = 0) -> Iterator[Any]:
+    """The transformer with `enable_cache`, which classes without CacheMixin lack, each call in a cache context.
+
+    With `steps` the context carries the step, counted from 0 to `steps` again and again, and its noise level.
+    """
+    from diffusers.models.cache_utils import CacheMixin
+
+    model = pipe.transformer
+    if isinstance(model, CacheMixin) and not steps:
+        yield model
+        return
+    cls, before, calls = type(model), dict(model.__dict__), itertools.count()
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        here = {}
+        if steps:
+            step = next(calls) % steps
+            time = float(pipe.scheduler.timesteps[step]) / pipe.scheduler.config.num_train_timesteps
+            here = {"step_index": step, "sigma": min(1.0, time), "num_inference_steps": steps}
+            self.__dict__["_bench_time"] = 1000 * time
+        with self.cache_context("bench", **here):
+            return cls.__call__(self, *args, **kwargs)
+
+    bases = (cls,) if isinstance(model, CacheMixin) else (cls, CacheMixin)
+    model.__class__ = type(cls.__name__, bases, {"__module__": cls.__module__, "__call__": called})
+    try:
+        yield model
+    finally:
+        model.__class__ = cls
+        for name in model.__dict__.keys() - before.keys():
+            del model.__dict__[name]
+
+
+def first_block(pipe: Any, call: Call, threshold: float) -> Any:
+    """FirstBlockCache: everything is reused while the first block's residual changes by less than the threshold."""
+    from diffusers import FirstBlockCacheConfig
+
+    return FirstBlockCacheConfig(threshold=threshold)
+
+
+ATTENTION = [r"(single_)?transformer_blocks\.\d+\.attn1?"]
+BLOCKS, HEAD = [r"(single_)?transformer_blocks\.\d+"], [r"proj_out(_2)?"]
+
+
+def taylorseer(lite: bool) -> Build:
+    """TaylorSeer at even intervals: each attention output forecast, or (`lite`) the last projection's alone.
+
+    What it matches by itself does not fit the names of DiT, so its own kinds are given by name.
+    """
+
+    def build(pipe: Any, call: Call, interval: int) -> Any:
+        from diffusers import TaylorSeerCacheConfig
+
+        return TaylorSeerCacheConfig(
+            cache_interval=interval, max_order=1, taylor_factors_dtype=torch.float32,
+            skip_predict_identifiers=BLOCKS if lite else None, cache_identifiers=HEAD if lite else ATTENTION,
+        )  # fmt: skip
+
+    return build
+
+
+def broadcast(pipe: Any, call: Call, skip: int) -> Any:
+    """Pyramid Attention Broadcast: attention computed every `skip`-th step, at all timesteps."""
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    return PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=skip,
+        spatial_attention_timestep_skip_range=(0, 1001),
+        current_timestep_callback=lambda: 500,  # within the range at every step
+    )
+
+
+def faster(pipe: Any, call: Call, skip: int) -> Any:
+    """FasterCache's attention part, after the first tenth of the run, as it must not skip at its first step.
+
+    Its other part leaves out the uncond branch; it takes the first half of a batch for it, where DiT puts cond.
+    """
+    from diffusers import FasterCacheConfig
+
+    model = pipe.transformer
+    return FasterCacheConfig(
+        spatial_attention_block_skip_range=skip,
+        spatial_attention_timestep_skip_range=(-1, 900),
+        current_timestep_callback=lambda: model._bench_time,
+        attention_weight_callback=lambda _: 0.3,
+        tensor_format="BCHW",
+        is_guidance_distilled=True,
+    )
+
+
+def magnitude(pipe: Any, call: Call, threshold: float) -> Any:
+    """MagCache, calibrated on one tuning seed as its documents say, with its own limits of skipped steps."""
+    from diffusers import MagCacheConfig
+
+    steps = call["num_inference_steps"]
+    return MagCacheConfig(
+        threshold=threshold, max_skip_steps=8, retention_ratio=0.1, num_inference_steps=steps,
+        mag_ratios=_magnitudes(pipe, call, steps),
+    )  # fmt: skip
+
+
+_RATIOS: weakref.WeakKeyDictionary[Any, dict[int, list[float]]] = weakref.WeakKeyDictionary()
+
+
+def _magnitudes(pipe: Any, call: Call, steps: int) -> list[float]:
+    """The ratios that MagCache prints at the end of a calibration run; found once a model and number of steps."""
+    from diffusers import MagCacheConfig
+
+    model = pipe.transformer
+    known = _RATIOS.setdefault(model, {})
+    if steps not in known:
+        one = {name: value[:1] if isinstance(value, list) else value for name, value in call.items()}
+        one = {name: value[:1] if isinstance(value, Tensor) and value.ndim else value for name, value in one.items()}
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            model.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps))
+            try:
+                run_once(pipe, one, [TUNING_SEED], None)
+            finally:
+                model.disable_cache()
+        found = re.search(r"^\[[\d., e+-]+\]$", printed.getvalue(), re.MULTILINE)
+        if not found:
+            raise InputError("MagCache printed no ratios at the end of its calibration.")
+        known[steps] = ast.literal_eval(found[0])
+    return known[steps]
+
+
+def spectral(pipe: Any, call: Call, threshold: float) -> Any:
+    """SeaCache, whose built-in adapters are of two video models: others are shown where the latents are."""
+    from diffusers import SeaCacheConfig
+
+    return SeaCacheConfig(threshold=threshold, max_consecutive_cached=0, raw_vision_callback=_latents)
+
+
+def _latents(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The latents of a call, each (C, T, H, W): packed tokens are unpacked to a square."""
+    given: Tensor = args[0] if args else kwargs["hidden_states"]
+    if given.ndim == 3:
+        side = round(given.shape[1] ** 0.5)
+        given = given.transpose(1, 2).reshape(len(given), -1, side, side)
+    return list((given.unsqueeze(2) if given.ndim == 4 else given).unbind(0))
+
+
+# ------------------------------------------------------------------------------------------------ cache-dit
+SETTINGS = (
+    "F1B0 W3 R0.05", "F1B0 W3 R0.1", "F1B0 W3 R0.2", "F1B0 W3 MC2 R0.8", "F1B0 W3 MC4 R0.8", "F1B0 W3 MC6 R0.8",
+    "F1B0 W4 MC9 R0.8", "F4B0 W3 R0.15", "F1B2 W3 MC4 R0.8", "F8B0 W8 R0.08",
+)  # fmt: skip
+"""First and last blocks computed, warm-up, longest run of cached steps, residual threshold. The last is its default."""
+
+_SETTING = re.compile(r"F(\d+)B(\d+) W(\d+)(?: MC(\d+))? R([\d.]+)")
+
+
+def quiet() -> None:
+    """Keep cache-dit from logging a dozen lines for each setting."""
+    for name in [n for n in logging.root.manager.loggerDict if n.lower().startswith("cache_dit")]:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def cache_dit(order: int) -> Apply:
+    """DBCache of cache-dit with one of SETTINGS; `order` 0 reuses, else its TaylorSeer forecasts.
+
+    It patches classes for good, so it gets a copy of the pipeline under a class of its own.
+    """
+
+    @contextmanager
+    def apply(pipe: Any, call: Call, setting: str) -> Iterator[Setup]:
+        try:
+            import cache_dit as library
+        except ImportError as error:
+            raise InputError("cache-dit is not installed; pip install 'speca-diffusers[bench]'.") from error
+        quiet()
+        own = copy.deepcopy(pipe)
+        for thing in (own, own.transformer):
+            cls = type(thing)
+            thing.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
+        calibrator = library.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+        library.enable_cache(own, cache_config=configuration(library, setting), calibrator_config=calibrator)
+        try:
+            yield Setup(own, call)
+        finally:
+            library.disable_cache(own)
+
+    return apply
+
+
+def configuration(library: Any, setting: str) -> Any:
+    """What `cache_dit` makes of one of SETTINGS; InputError if it is written otherwise."""
+    found = _SETTING.fullmatch(setting)
+    if not found:
+        raise InputError(f"{setting!r} is no setting of cache-dit; write it like {SETTINGS[0]!r}.")
+    first, last, warmup, longest, threshold = found.groups()
+    return library.DBCacheConfig(
+        Fn_compute_blocks=int(first), Bn_compute_blocks=int(last), max_warmup_steps=int(warmup),
+        max_continuous_cached_steps=int(longest or -1), residual_diff_threshold=float(threshold),
+    )  # fmt: skip

@@ -1,0 +1,270 @@
+"""How good is the check? Each error signal against what it is to foretell, at drafts of real runs.
+
+A run takes drafts of a few steps at one place, everything after it in full; a second run is the same with that place in
+full too. What the two final samples differ by is the *effect* of the drafts there. At the drafts a plain copy of the
+transformer computes the same inputs in full: the *true error* of the output. Signals are read at the same drafts:
+
+- `last block`: the paper's check, the verify block's output against its forecast;
+- `first block`: how much the first block's change of its input differs from that of the last full step (FBCache);
+- `input`: how much the latents have changed since the last full step;
+- `disagreement`: of the order-1 and order-2 forecasts of the last block's output (free, as RACER has it);
+- `corrector`: how wrong the drafts before the last full step turned out to be.
+
+Each also *weighted* by what a unit of output at that step is worth in the final sample.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SpecaConfig
+from ..core.controller import ACCEPTED, Plan, ScheduleController, Trajectory
+from ..errors import InputError
+from ..measure import run_once
+from ..model.gate import block_lists
+from ..model.sampler import transitions
+from ..pipeline import enabled
+from .methods import Call
+from .oracle import instead
+from .recording import effect_of
+
+PERIOD, DRAFTS, PLACES = 4, 4, 12
+"""Steps between full steps before the place, drafts at it, and places over a run."""
+
+
+class Taken:
+    """What one run leaves: per step latents, outputs and features of the plain model, and the check's own errors."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.given: list[Tensor] = []
+        self.true: list[Tensor] = []
+        self.first: list[Tensor] = []
+        self.last: list[Tensor] = []
+        self.errors: list[dict[int, float | None]] = []
+        self.estimates: list[dict[int, float]] = []  # by step, of each sample: the newest estimate
+
+
+def signal_rows(pipe: Any, call: Call, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row a place and sample: signals, the true error of the output and the effect on the final sample.
+
+    Raises:
+        InputError: the transformer is called more than once a step, or its scheduler is not linear.
+    """
+    steps = call["num_inference_steps"]
+    rows: list[dict[str, Any]] = []
+    begin = PERIOD + 3
+    places = sorted({round(begin + k * (steps - DRAFTS - begin) / (PLACES - 1)) for k in range(PLACES)})
+    for place in places:
+        prefix = sorted({0, 1} | {k for k in range(2, place) if (place - 1 - k) % PERIOD == 0})
+        taken, images = _run(pipe, call, seeds, [*prefix, *range(place + DRAFTS, steps)])
+        _, others = _run(pipe, call, seeds, [*prefix, *range(place, steps)], watch=False)
+        found, reason = transitions(pipe.scheduler)
+        if len(taken.given) != steps or len(found) != steps:
+            raise InputError(f"signals need one call of the transformer a step and a linear sampler; {reason}")
+        effect = torch.tensor(effect_of(found)).abs()
+        change = (images - others).flatten(1).norm(dim=1) / others.flatten(1).norm(dim=1)
+        for sample in range(len(seeds)):
+            row = _signals_at(taken, range(place, place + DRAFTS), prefix, sample, len(seeds), effect)
+            rows.append(
+                {"kind": "signal", "place": place, "seed": seeds[sample], **row, "effect": _short(change[sample])}
+            )
+    return rows
+
+
+def _run(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int], watch: bool = True) -> tuple[Taken, Tensor]:
+    """One run with full steps at `full`, checked drafts elsewhere, and what was seen; images (N, ...)."""
+    taken, model = Taken(), pipe.transformer
+    plain = copy.deepcopy(model)
+    estimates: dict[int, float] = {}
+
+    class Watched(ScheduleController):
+        plans_ahead = True
+
+        def plan(self, trajectory: Trajectory) -> Plan:
+            return Plan.CHECKED if super().plan(trajectory) is Plan.UNCHECKED else Plan.FULL
+
+        def observe(self, trajectory: Trajectory, estimate: float, drafts: int) -> None:
+            estimates[trajectory.sample] = max(estimate, 0.0)
+
+    config = SpecaConfig(
+        controller="schedule",
+        schedule=tuple(full),
+        warmup=2,
+        final=0,
+        corrector=True,
+        threshold=1e9,
+        threshold_decay=1.0,
+    )
+    with instead("schedule", Watched), enabled(pipe, config) as session:
+        hooks = _watched(model, plain, taken, estimates) if watch else _unwatched()
+        with hooks:
+            made = run_once(pipe, call, list(seeds), session)
+    assert made.report is not None
+    for sample in made.report.samples:
+        for step, (letter, error) in enumerate(zip(sample.decisions, sample.errors, strict=True)):
+            if step >= len(taken.errors):
+                taken.errors.append({})
+            taken.errors[step][sample.index] = error if letter == ACCEPTED else None
+    return taken, made.images
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _watched(model: Any, plain: Any, taken: Taken, estimates: dict[int, float]) -> Iterator[None]:
+    """At every call of `model`, let `plain` compute the same and keep what both gave."""
+    blocks = [block for stack in block_lists(plain).values() for block in stack]
+    seen: dict[str, Tensor] = {}
+
+    def first(_: Any, args: Any, kwargs: Any, out: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        seen["first"] = _main(out, given) - given
+
+    def last(_: Any, args: Any, kwargs: Any, out: Any) -> None:
+        seen["last"] = _main(out, args[0] if args else kwargs["hidden_states"])
+
+    def after(_: Any, args: Any, kwargs: Any, out: Any) -> None:
+        with torch.no_grad():
+            true = plain(*args, **kwargs)
+        given = args[0] if args else kwargs["hidden_states"]
+        taken.inputs.append(given.detach().float().clone())
+        taken.given.append(_tensor(out).detach().float().clone())
+        taken.true.append(_tensor(true).detach().float().clone())
+        taken.first.append(seen["first"].detach().float().clone())
+        taken.last.append(seen["last"].detach().float().clone())
+        taken.estimates.append(dict(estimates))
+
+    handles = [
+        blocks[0].register_forward_hook(first, with_kwargs=True),
+        blocks[-1].register_forward_hook(last, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensor(out: Any) -> Tensor:
+    found: Tensor = out if isinstance(out, Tensor) else out[0]
+    return found
+
+
+def _main(out: Any, given: Tensor) -> Tensor:
+    """Of a block's outputs the one that continues its hidden states: the one of their shape, the last if several."""
+    parts = [out] if isinstance(out, Tensor) else list(out)
+    return next((part for part in parts if isinstance(part, Tensor) and part.shape == given.shape), _tensor(out))
+
+
+def _signals_at(
+    taken: Taken, place: range, full: Sequence[int], sample: int, count: int, effect: Tensor
+) -> dict[str, Any]:
+    """Signals of one sample: their largest value over the drafts at the place, and with `effect` as weight."""
+    rows = range(sample, len(taken.given[0]), count)  # cond and uncond of one image, where they are stacked
+    anchors = full[-3:]
+    plain: dict[str, list[float]] = {}
+    for step in place:
+        last = full[-1]
+        forecasts = [_forecast(taken.last, anchors[-order - 1 :], step, rows) for order in (1, 2)]
+        values = {
+            "true error": _relative(taken.given[step], taken.true[step], rows),
+            "last block": taken.errors[step].get(sample) or 0.0,
+            "first block": _relative(taken.first[last], taken.first[step], rows),
+            "input": _relative(taken.inputs[last], taken.inputs[step], rows),
+            "disagreement": max(float((a - b).norm() / a.norm()) for a, b in zip(*forecasts, strict=True)),
+            "corrector": taken.estimates[last].get(sample, 0.0),
+        }
+        for name, value in values.items():
+            plain.setdefault(name, []).append(value)
+    out: dict[str, Any] = {"true error": _short(max(plain.pop("true error")))}
+    weights = effect[list(place)].tolist()
+    for name, series in plain.items():
+        out[name] = _short(max(series))
+        out[f"{name}, weighted"] = _short(max(w * v for w, v in zip(weights, series, strict=True)))
+    return out
+
+
+def _relative(one: Tensor, other: Tensor, rows: range) -> float:
+    """The worse of a sample's rows: `||one - other|| / ||other||`."""
+    return max(float((one[r] - other[r]).norm() / other[r].norm().clamp_min(1e-12)) for r in rows)
+
+
+def _forecast(features: Sequence[Tensor], anchors: Sequence[int], step: int, rows: range) -> list[Tensor]:
+    """The polynomial through the features at `anchors`, at `step`, one a row."""
+    from .recording import lagrange
+
+    weights = lagrange(torch.tensor([step]).numpy(), list(anchors))[0]
+    return [
+        sum((float(w) * features[a][r] for w, a in zip(weights, anchors, strict=True)), torch.zeros(())) for r in rows
+    ]
+
+
+def _short(value: Any) -> float:
+    return float(f"{float(value):.5g}")
+
+
+# ------------------------------------------------------------------------------------------------ what they are worth
+TRUTHS = ("true error", "effect")
+BAD = 0.75  # quantile above which a draft is one that should have been rejected
+
+
+def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each signal and each truth: Spearman's rank correlation, and the area under the ROC curve."""
+    signals = [r for r in rows if r["kind"] == "signal"]
+    if not signals:
+        return []
+    names = [n for n in signals[0] if n not in ("kind", "place", "seed", *TRUTHS)]
+    out = []
+    for name in [*names, "true error"]:
+        entry: dict[str, Any] = {"signal": name}
+        for truth in TRUTHS:
+            x, y = (torch.tensor([r[n] for r in signals], dtype=torch.float64) for n in (name, truth))
+            entry[f"spearman {truth}"] = spearman(x, y)
+            entry[f"auc {truth}"] = auc(x, y > y.quantile(BAD))
+            entry[f"within {truth}"] = _within(signals, name, truth)
+        out.append(entry)
+    return out
+
+
+def _within(signals: Sequence[dict[str, Any]], name: str, truth: str) -> float:
+    """Mean over places of the rank correlation among samples: what a signal knows beyond where it stands."""
+    found: list[float] = []
+    for place in {r["place"] for r in signals}:
+        some = [r for r in signals if r["place"] == place]
+        x, y = (torch.tensor([r[n] for r in some], dtype=torch.float64) for n in (name, truth))
+        if len(some) > 2 and x.std() > 0 and y.std() > 0:
+            found.append(spearman(x, y))
+    return float(sum(found) / len(found)) if found else float("nan")
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks (N,) from 1, ties sharing their mean."""
+    below = (values[:, None] > values[None]).sum(1).double()
+    same = (values[:, None] == values[None]).sum(1).double()
+    return below + (same + 1) / 2
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Rank correlation of two (N,), NaN where one does not vary."""
+    a, b = (ranks(v) - ranks(v).mean() for v in (x, y))
+    return float((a * b).sum() / (a.norm() * b.norm())) if a.norm() > 0 and b.norm() > 0 else float("nan")
+
+
+def auc(x: Tensor, bad: Tensor) -> float:
+    """The chance that a bad one has the larger signal than a good one, ties by half; NaN without both."""
+    good, worse = x[~bad], x[bad]
+    if not len(good) or not len(worse):
+        return float("nan")
+    wins = (worse[:, None] > good[None]).double() + 0.5 * (worse[:, None] == good[None]).double()
+    return float(wins.mean())

@@ -1,0 +1,202 @@
+"""From rows to tables: fronts, intervals, signals, the document, the page, and the GPU suite in toy sizes."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import speca
+import tiny
+from speca.bench import benchmarks, page, pareto, plots, report, signals
+from test_bench import PLAN, arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = 6
+
+
+def quality_row(method: str, speed: float, psnr: float, family: str = "rival", **more: Any) -> dict[str, Any]:
+    values = [psnr + 0.1 * k for k in range(SEEDS)]
+    return dict(
+        kind="quality", method=method, knob="k", value=speed, family=family, flops=100.0 / speed, flops_full=100.0,
+        flops_speedup=speed, full_steps=[50 / speed] * SEEDS, psnr=values, ssim=[0.9] * SEEDS,
+        relative_l2=[0.1] * SEEDS, bytes_per_sample=2**20, **more,
+    )  # fmt: skip
+
+
+def rows_of(settings: list[tuple[str, str, list[tuple[float, float]]]]) -> list[dict[str, Any]]:
+    """Rows as a suite writes them, of invented methods."""
+    about = dict(
+        kind="about", model="toy", seeds=list(range(SEEDS)), tuning_seeds=[500_000], suite={"steps": 50}, blocks=4,
+        hardware={"name": "a CPU"}, versions={"torch": "2"}, pipeline="P", transformer="T", scheduler="S",
+        parameters=1e6,
+    )  # fmt: skip
+    rows = [about, quality_row("none", 1.0, 150.0, "steps") | {"value": 0}]
+    for name, family, points in settings:
+        rows += [quality_row(name, speed, psnr, family) for speed, psnr in points]
+    times = [
+        dict(kind="time", method=r["method"], value=r["value"], round=n, batch=8, seconds_full=8.0, seconds_total=9.0,
+             seconds=8.0 / (0.9 * r["flops_speedup"]) + 0.01 * n)
+        for r in rows[1:] for n in (0, 1)
+    ]  # fmt: skip
+    return [*rows, *times]
+
+
+FIELD = [
+    ("speca", "speca", [(2.0, 48.0), (4.0, 42.0), (8.0, 34.0)]),
+    ("taylor-1", "forecast", [(2.0, 44.0), (4.0, 39.0), (8.0, 30.0)]),
+    ("oracle-error", "oracle", [(2.0, 50.0), (8.0, 40.0)]),
+    ("slow", "rival", [(1.2, 60.0), (1.4, 55.0)]),
+]
+
+
+# ------------------------------------------------------------------------------------------------ fronts
+def test_a_speed_is_read_between_neighbours_and_never_beyond() -> None:
+    points = [pareto.Point(2.0, (40.0, 30.0)), pareto.Point(8.0, (20.0, 20.0))]
+    values = pareto.at_speed(points, 4.0)
+    assert values is not None and values.tolist() == pytest.approx([30.0, 25.0])
+    assert pareto.at_speed(points, 1.9) is None and pareto.at_speed(points, 8.1) is None
+
+
+def test_a_method_is_seen_at_its_best_settings() -> None:
+    """A setting that another beats in both ways does not pull the curve down; the fastest one always counts."""
+    good, bad, fast = (pareto.Point(s, (v, v)) for s, v in ((2.0, 40.0), (3.0, 10.0), (4.0, 36.0)))
+    assert pareto.front([bad, fast, good]) == [good, fast]
+    values = pareto.at_speed([bad, fast, good], 3.0)
+    assert values is not None and values.min() > 36
+
+
+def test_the_price_of_a_guarantee() -> None:
+    points = [pareto.Point(2.0, (44.0, 40.0)), pareto.Point(8.0, (30.0, 20.0))]
+    assert pareto.needed(points, 30.0, q=0.0) == pytest.approx(4.0)
+    assert pareto.needed(points, 20.0, q=0.0) == pytest.approx(8.0)
+    assert pareto.needed(points, 41.0, q=0.0) is None
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    hits, trials = 0, 60
+    for seed in range(trials):
+        drawn = torch.randn(40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 3
+        _, low, high = pareto.paired_difference(drawn, torch.zeros(40, dtype=torch.float64), seed)
+        hits += low <= 3 <= high
+    assert 0.85 * trials <= hits <= trials
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def test_tables_say_who_is_better_and_by_how_much() -> None:
+    rows = rows_of(FIELD)
+    lines = report.table(rows, 4.0, "flops")
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["_oracle-error_", "**speca**", "taylor-1"]
+    assert "-3.00 [-3.00, -3.00] *" in lines[-1], "taylor-1 is 3 dB below, on every seed"
+    assert report.table(rows, 20.0, "flops") == ["No method's sweep spans 20x on this axis."]
+    (speed,) = {r["wall_speedup"] for r in report.measured(rows) if r["method"] == "speca" and r["value"] == 4.0}
+    assert 3.5 < speed < 3.6
+
+
+def test_the_spread_of_full_steps_is_a_histogram() -> None:
+    assert report.spread([10.0, 10.0]) == "10"
+    assert report.spread([10.0, 12.0, 12.0]) == "11.3 (10: 1, 12: 2)"
+    assert report.spread([float(k) for k in range(20)]) == "9.5 (0 to 19)"
+
+
+def test_the_document_answers_at_each_speed(tmp_path: Path) -> None:
+    rows = rows_of(FIELD)
+    text = benchmarks.document({"toy": rows})
+    assert "- **3x.** `speca`: " in text and "`taylor-1`" in text and "SpeCa is better by the mean (+" in text
+    assert "**7x.**" in text and "does not reach" not in text
+    assert "does not reach 3x" in benchmarks.document(
+        {"toy": rows_of([("speca", "speca", [(5.0, 30.0), (6.0, 20.0)])])}
+    )
+    worse = [(n, f, [(s, q + 8 * (n == "taylor-1")) for s, q in p]) for n, f, p in FIELD]
+    assert "SpeCa is worse by the mean (-" in benchmarks.document({"toy": rows_of(worse)})
+    plots.plot(rows, tmp_path, "bench-toy")
+    assert (tmp_path / "bench-toy.svg").stat().st_size > 10_000 and (tmp_path / "bench-toy.png").is_file()
+
+
+def test_make_bench_writes_from_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(FIELD)))
+    paths = ["--results", str(results), "--out", str(tmp_path / "b.md"), "--pictures", str(tmp_path / "img")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.py", *paths])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / "recipes/benchmarks.py"), run_name="__main__")
+    assert done.value.code == 0 and "## toy" in (tmp_path / "b.md").read_text()
+    assert (tmp_path / "img/bench-toy.svg").is_file()
+
+
+def test_the_page_keeps_what_the_report_says_and_nothing_runs_in_it(tmp_path: Path) -> None:
+    (tmp_path / "a.svg").write_text("<svg/>")
+    table = "| a | b |\n| --- | ---: |\n| **speca** | 1 |\n| _o_ | 2 |\n"
+    words = f"# T\n\nOf `x` <script>.\n\n![P](a.svg)\n\n## One\n\n{table}"
+    shown = page.page(words, {"a.svg": tmp_path / "a.svg"})
+    assert "<code>x</code> &lt;script&gt;" in shown and '<a href="#one">' in shown and '<h2 id="one">' in shown
+    assert '<tr class="ours">' in shown and '<tr class="oracle">' in shown and '<td class="n">2</td>' in shown
+
+
+# ------------------------------------------------------------------------------------------------ signals
+def test_ranks_and_areas() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert signals.spearman(x, x.exp()) == pytest.approx(1.0) and signals.spearman(x, -x) == pytest.approx(-1.0)
+    assert signals.ranks(torch.tensor([5.0, 5.0, 1.0])).tolist() == [2.5, 2.5, 1.0]
+    bad = torch.tensor([False, False, False, True, True])
+    assert signals.auc(x, bad) == 1.0 and signals.auc(-x, bad) == 0.0 and signals.auc(torch.ones(5), bad) == 0.5
+
+
+def test_signals_of_a_run_and_a_planted_perfect_one() -> None:
+    case = tiny.flux()
+    seeds, steps = [1, 2, 3], 20
+    call = {**arguments(case)(case.pipe, seeds, steps)}
+    before = case([1])
+    rows = signals.signal_rows(case.pipe, call, seeds)
+    assert torch.equal(case([1]), before)
+    assert len(rows) == len({r["place"] for r in rows}) * len(seeds) >= 24
+    assert all(r["effect"] > 0 and r["true error"] > 0 and r["last block"] > 0 for r in rows)
+    planted = [{**r, "perfect": r["effect"], "blind": 1.0} for r in rows]
+    found = {v["signal"]: v for v in signals.verdicts(planted)}
+    assert found["perfect"]["spearman effect"] == pytest.approx(1.0) and found["perfect"]["auc effect"] == 1.0
+    assert found["perfect"]["within effect"] == pytest.approx(1.0) and found["blind"]["auc effect"] == 0.5
+    assert found["true error"]["spearman true error"] == pytest.approx(1.0)
+    assert {"last block", "first block", "input", "disagreement", "corrector, weighted"} <= found.keys()
+    assert "| perfect | " in "\n".join(report.signal_table([*planted])) and PLAN.steps
+
+
+def test_signals_need_a_sampler_that_is_linear() -> None:
+    from diffusers import UniPCMultistepScheduler
+
+    case = tiny.dit()
+    case.pipe.scheduler = UniPCMultistepScheduler.from_config(case.pipe.scheduler.config)
+    with pytest.raises(speca.InputError, match="linear sampler"):
+        signals.signal_rows(case.pipe, arguments(case)(case.pipe, [1], 24), [1])
+
+
+# ------------------------------------------------------------------------------------------------ the GPU suite
+@pytest.mark.slow
+def test_the_gpu_suite_runs_in_toy_sizes_and_keeps_to_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_gpu
+
+    monkeypatch.setattr(bench_gpu, "trained", lambda *_: [])
+    out = tmp_path / "gpu.json"
+    bench_gpu.main(out, minutes=3.0, tiny=True, device="cpu", repeats=1)
+    found = json.loads(out.read_text())
+    assert found["tiny"] and found["hardware"] and {m["model"] for m in found["models"]} == {
+        "DiT-XL/2", "FLUX.1-dev", "HunyuanVideo",
+    }  # fmt: skip
+    for model in (m for m in found["models"] if not m["compiled"]):
+        reasons = [r["reason"] for r in model["rows"] if "reason" in r]
+        assert not [r for r in reasons if "cache-dit is not installed" not in r], reasons
+        by = {r["method"]: r for r in model["rows"] if "seconds" in r}
+        assert by["speca, unchecked"]["decisions"] == "FFAAAFAAAF"
+        assert set(by["speca, every draft rejected"]["decisions"]) == {"F", "R"}
+        towers = by["module towers (the authors' layout)"]["cache_bytes"]
+        assert towers > 2 * by["speca, unchecked"]["cache_bytes"]
+        assert 0 < model["draft_step"] and model["full_step"] > 0 and model["rejected_step"] > 0
+    text = benchmarks.document({}, out.read_text())
+    assert "| DiT-XL/2 | 1 | eager |" in text and "No results are committed yet." in text
+    bench_gpu.main(out, minutes=0.1, tiny=True, device="cpu", repeats=1)
+    assert len(json.loads(out.read_text())["left_out"]) >= 3, "there was no time, and it says what was left out"
