@@ -43,7 +43,7 @@ def own_schedules(
         first = offset
 
     config = SpecaConfig(controller="schedule", schedule=(0,), warmup=2, final=0, corrector=corrector)
-    with instead("schedule", Own), enabled(pipe, config) as session:
+    with instead("schedule", Own), enabled(pipe, config, calibration=False) as session:
         yield Setup(pipe, call, session, begin)
 
 

@@ -102,7 +102,7 @@ def _run(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int], watch
         threshold=1e9,
         threshold_decay=1.0,
     )
-    with instead("schedule", Watched), enabled(pipe, config) as session:
+    with instead("schedule", Watched), enabled(pipe, config, calibration=False) as session:
         hooks = _watched(model, plain, taken, estimates) if watch else _unwatched()
         with hooks:
             made = run_once(pipe, call, list(seeds), session)

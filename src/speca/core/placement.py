@@ -7,6 +7,7 @@ is improved step by step until no move helps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,7 +104,7 @@ def expected(prior: Prior, transitions: Sequence[Transition], full: set[int]) ->
         error = used.copy()
         error[step] -= 1
         off = t.keep * off + t.move * error
-    return float(np.sqrt(max(0.0, off @ moments @ off)))
+    return math.sqrt(max(0.0, float(off @ moments @ off)))
 
 
 def _move(
@@ -116,4 +117,4 @@ def _move(
     for draft, share in zip(drafts, prior.weights(nodes, drafts), strict=True):
         omega = transitions[draft].keep * omega + transitions[draft].move * share
     known: Array = np.stack([told, *(c for _, c in anchors)])
-    return (omega @ known - drift) / (1 - float(omega[0]) * transitions[step].pull)  # type: ignore[no-any-return]
+    return (omega @ known - drift) / (1 - float(omega[0]) * transitions[step].pull)
