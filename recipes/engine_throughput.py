@@ -56,6 +56,7 @@ def by(mode: Any, found: dict[str, Any], **how: Any) -> Callable[[Any, list[dict
             for result in engine.generate(requests):
                 assert result.error is None
             found.update(engine.statistics)
+            found.setdefault("shares", []).append(found["planning"] / found["seconds"])
 
     return run
 
@@ -89,7 +90,7 @@ def main(
                 began = time.perf_counter()
                 run(pipe, requests)
                 taken[way].append(time.perf_counter() - began)
-        share = free["planning"] / free["seconds"]
+        share = median(free["shares"])
         for way, seconds in taken.items():
             rate = count / median(seconds)
             results.append(dict(model=model, way=way, images_per_second=rate, seconds=seconds))
