@@ -183,9 +183,7 @@ class Run:
             course.note(f"nothing is corrected: {reason}.")
         return () if branch.uncorrected else found
 
-    def _prior(
-        self, course: Course, branch: Branch, position: Position, linear: Sequence[Transition]
-    ) -> Prior | None:
+    def _prior(self, course: Course, branch: Branch, position: Position, linear: Sequence[Transition]) -> Prior | None:
         """What is known of this run beforehand; it places the full steps as the run begins."""
         speculator = self.speculator_of(course)
         if speculator.prior is None or not (linear and speculator.controller.heeds_prior):

@@ -240,6 +240,8 @@ class Engine:
         with self._condition:
             if self._closing:
                 raise ConfigError("the engine is closed; make a new one.")
+            if self._thread is None and (self._hub.busy or self._inbox):
+                raise ConfigError("a loop over engine.generate is under way; finish it first, or submit before it.")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="speca-engine", daemon=True)
                 self._thread.start()
