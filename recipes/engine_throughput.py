@@ -56,6 +56,7 @@ def by(mode: Any, found: dict[str, Any], **how: Any) -> Callable[[Any, list[dict
             for result in engine.generate(requests):
                 assert result.error is None
             found.update(engine.statistics)
+            found.setdefault("shares", []).append(found["planning"] / found["seconds"])
 
     return run
 
@@ -89,11 +90,11 @@ def main(
                 began = time.perf_counter()
                 run(pipe, requests)
                 taken[way].append(time.perf_counter() - began)
-        share = free["planning"] / free["seconds"]
+        share = median(free["shares"])
         for way, seconds in taken.items():
             rate = count / median(seconds)
             results.append(dict(model=model, way=way, images_per_second=rate, seconds=seconds))
-            print(f"{model:<12} {way:<24} {rate:6.2f} images/s")
+            print(f"{model:<12} {way:<24} {rate:6.2f} images/s", flush=True)
         for name, found in (("continuous", free), ("lock-step", lock)):
             lane = found["lanes"]["full"]
             rows, reads, ticks = lane["rows_a_batch"], found["reads"], found["ticks"]
@@ -101,8 +102,8 @@ def main(
         print(f"  scheduler: {share:.2%} of tick time, at most {free['peak_live']} requests live")
         results.append(dict(model=model, scheduler_share=share, continuous=free, lock_step=lock))
         with Engine(pipe, max_batch=max_batch, max_live=48) as engine:
-            list(engine.generate(requests[:72]))
-            engine.timeline(picture, f"{model}: 72 requests of 20, 30 and 40 steps, preset balanced")
+            list(engine.generate(requests))
+            engine.timeline(picture, f"{model}: {count} requests of 20, 30 and 40 steps, preset balanced")
     about = dict(command="python recipes/engine_throughput.py", requests=count, max_batch=max_batch, threads=threads,
                  rounds=rounds, hardware=hardware(pipe))  # fmt: skip
     out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")

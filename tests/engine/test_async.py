@@ -78,6 +78,15 @@ def test_generate_beside_submitted_requests(case: tiny.Case) -> None:
         demand_right(future.result(timeout=60), oracle)
 
 
+def test_a_loop_and_a_thread_do_not_drive_at_once(case: tiny.Case) -> None:
+    with Engine(case.pipe, max_live=2) as engine:
+        for _ in engine.generate(good(case, n) for n in range(4)):
+            with pytest.raises(ConfigError, match="is under way"):
+                engine.post(**good(case, 9))
+            break
+        assert engine.post(**good(case, 9)).result(timeout=60).error is None
+
+
 def test_a_full_queue_and_a_closed_engine_refuse(case: tiny.Case) -> None:
     engine = Engine(case.pipe, max_live=1, max_queue=2)
     futures: list[Future] = []

@@ -174,3 +174,34 @@ def test_without_greenlet_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, "greenlet", None)
     with pytest.raises(speca.ConfigError, match=r"pip install 'speca-diffusers\[engine\]'"):
         Engine(tiny.dit().pipe)
+
+
+def test_a_listener_that_raises_hurts_no_request() -> None:
+    case = tiny.flux()
+
+    def listen(event: Event) -> None:
+        if event.kind == "step":
+            raise ZeroDivisionError
+
+    with (
+        Engine(case.pipe, on_event=listen) as engine,
+        pytest.warns(UserWarning, match="a listener of request 0 raised"),
+    ):
+        (result,) = engine.generate([good(case, 0)])
+    assert result.error is None
+
+
+def test_a_defect_of_the_engine_lets_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = tiny.flux()
+    with Engine(case.pipe) as engine:
+        scheduler = engine._hub.scheduler
+        with monkeypatch.context() as patch:
+            patch.setattr(type(scheduler), "plan", None)
+            with pytest.raises(TypeError, match="not callable"):
+                engine.post(**good(case, 0)).result(timeout=30)
+        assert engine.post(**good(case, 1)).result(timeout=30).error is None
+
+
+def test_a_bare_transformer_is_refused() -> None:
+    with pytest.raises(speca.ConfigError, match="whole pipelines"):
+        Engine(tiny.dit_transformer())

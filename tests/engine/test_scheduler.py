@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from speca.engine.scheduler import PATIENCE, Batch, Lane, Scheduler
 from speca.errors import ConfigError, InputError, QueueFullError
 
-MANY = settings(max_examples=1500, deadline=None)
+MANY = settings(max_examples=1000, deadline=None)
 
 
 @dataclass

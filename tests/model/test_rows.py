@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from speca.errors import UnsupportedModelError
 from speca.model import rows as rowwise
 
 
@@ -62,3 +64,67 @@ def test_take_is_one_row_of_any_output() -> None:
     assert torch.equal(rowwise.take(dict(sample=y.repeat_interleave(2, 0)), 1, 3)[0], y[[1, 1]])
     assert rowwise.take(([y[0], y[1], y[2]],), 2, 3)[0] is not None
     assert [t.shape for t in rowwise.tensors(dict(a=[y, y], b=None))] == [(3, 2), (3, 2)]
+
+
+# ------------------------------------------------------------------------------------------------ calls put together
+def token(tensor: torch.Tensor) -> object:
+    return tuple(tensor.flatten().tolist())
+
+
+def a_call(rows: int, seed: int, **changes: object) -> dict[str, object]:
+    """A call with inputs of every kind."""
+    draw = torch.Generator().manual_seed(seed)
+    return dict(
+        hidden_states=torch.randn(rows, 4, 6, generator=draw), timestep=torch.full((rows,), 0.5 + seed),
+        encoder_hidden_states_llama3=torch.randn(3, rows, 5, generator=draw), img_ids=torch.arange(12.0).view(4, 3),
+        image_rotary_emb=(torch.ones(rows, 2), torch.zeros(rows, 2)), shapes=[[(1, 4, 4)]] * rows,
+        residuals=[torch.randn(rows, 2, generator=draw) for _ in range(3)], guidance=3.5, return_dict=False,
+        options={"adapter": torch.randn(rows, 2, generator=draw), "scale": 1.0}, nothing=None,
+    ) | changes  # fmt: skip
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(v, other[k]) for k, v in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+def test_select_takes_calls_apart_as_they_were_before_join() -> None:
+    counts = [1, 2, 4]
+    calls = [a_call(n, seed) for seed, n in enumerate(counts)]
+    joined = rowwise.join(calls, counts)
+    assert rowwise.batch_size(joined["hidden_states"]) == 7
+    starts = [0, 1, 3]
+    for call, start, count in zip(calls, starts, counts, strict=True):
+        part = rowwise.select(joined, range(start, start + count), 7)
+        part["image_rotary_emb"] = call["image_rotary_emb"]  # shared, whatever its length
+        assert same(part, call)
+
+
+def test_a_signature_is_equal_for_what_can_be_joined_and_for_nothing_else() -> None:
+    plain = rowwise.signature(a_call(1, 0), 1, token)
+    assert plain == rowwise.signature(a_call(1, 5), 1, token)
+    others = [
+        dict(img_ids=torch.arange(12.0).view(4, 3) + 1), dict(guidance=4.0), dict(nothing=1), dict(return_dict=True),
+        dict(hidden_states=torch.randn(1, 5, 6)), dict(hidden_states=torch.randn(1, 4, 6).double()),
+        dict(shapes=[[(1, 2, 8)]]), dict(options={"adapter": torch.randn(1, 2), "scale": 0.5}), dict(options={}),
+    ]  # fmt: skip
+    found = [rowwise.signature(a_call(1, 0, **changes), 1, token) for changes in others]
+    assert plain not in found and len(set(found)) == len(found)
+
+
+def test_split_undoes_join_for_outputs_of_every_structure() -> None:
+    counts = [1, 2]
+    out = torch.randn(6, 4)  # two frames a row
+    assert [p.shape[0] for p in rowwise.split(out, counts)] == [2, 4]
+    assert torch.equal(torch.cat(rowwise.split(out, counts)), out)
+    one, two = rowwise.split(dict(sample=torch.arange(3), other=(torch.arange(3), None)), counts)
+    assert one["sample"].tolist() == [0] and two["sample"].tolist() == [1, 2]
+    assert two["other"][0].tolist() == [1, 2] and two["other"][1] is None
+    assert rowwise.split([10, 11, 12], counts) == [[10], [11, 12]]
+    with pytest.raises(UnsupportedModelError, match="does not hold 3 rows"):
+        rowwise.split(torch.randn(4, 2), counts)

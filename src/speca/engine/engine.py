@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from ..config import SpecaConfig
-from ..errors import ConfigError, QueueFullError, SpecaError, nearest
+from ..errors import ConfigError, InputError, QueueFullError, SpecaError, nearest
 from ..executor import Executor
 from ..run import ATTRIBUTE
 from .hub import Hub, play
@@ -71,13 +73,15 @@ class Engine:
             on_event: called with what happens to each request, in the thread that runs the engine.
 
         Raises:
-            ConfigError: a value out of range, greenlet is not installed, or the pipeline offloads whole models.
+            ConfigError: a value out of range, no greenlet, no pipeline, or one that offloads whole models.
             UnsupportedModelError: the pipeline has no diffusion transformer.
         """
         from ..pipeline import enable, transformers_of
 
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r} is not valid; {nearest(mode, MODES)}")
+        if isinstance(pipe, nn.Module):
+            raise ConfigError(f"an engine runs whole pipelines, not a bare {type(pipe).__name__}; pass the pipeline.")
         if getattr(pipe, "_all_hooks", None):
             raise ConfigError(
                 f"{type(pipe).__name__} offloads whole models, which moves them at the end of each call, in the middle "
@@ -186,6 +190,8 @@ class Engine:
         return ahead if scheduler.max_queue is None else min(ahead, max(1, scheduler.max_queue))
 
     def _request(self, asked: Mapping[str, Any]) -> Request:
+        if asked.get("scheduler") is not None and "scheduler" not in self.pipe.components:
+            raise InputError(f"{type(self.pipe).__name__} has no component `scheduler` that could be replaced.")
         return Request.build(asked, self._names, self.config)
 
     def _submit(self, request: Request) -> Future:
@@ -234,6 +240,8 @@ class Engine:
         with self._condition:
             if self._closing:
                 raise ConfigError("the engine is closed; make a new one.")
+            if self._thread is None and (self._hub.busy or self._inbox):
+                raise ConfigError("a loop over engine.generate is under way; finish it first, or submit before it.")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="speca-engine", daemon=True)
                 self._thread.start()

@@ -105,7 +105,7 @@ class Rendezvous:
             except BaseException as error:  # of whatever kind, it is this function's alone
                 return Ended(key, error=_bare(error))
 
-        self._running[key] = self._greenlet(body, self._here())
+        self._running[key] = self._greenlet.greenlet(body, self._here())
         self._go(key, self._running[key].switch)
 
     def ask(self, question: Any) -> Any:
@@ -127,9 +127,12 @@ class Rendezvous:
         self._go(key, self._running[key].throw, error)
 
     def forget(self) -> None:
-        """Drop all functions, where they are."""
+        """End all functions, where they are; how they end is told to nobody."""
+        for key in list(self._running):
+            self.throw(key, self._greenlet.GreenletExit())
         self._running.clear()
         self.asked.clear()
+        self.ended.clear()
 
     def _go(self, key: int, into: Callable[..., Any], *value: Any) -> None:
         self.asked.pop(key, None)
@@ -159,13 +162,13 @@ def _kept(devices: tuple[str, ...]) -> Iterator[None]:
 
 
 def demand_greenlet() -> Any:
-    """The class of greenlets.
+    """The package.
 
     Raises:
         ConfigError: the package is not installed.
     """
     try:
-        from greenlet import greenlet
+        import greenlet
     except ImportError as error:
         raise ConfigError(
             "the engine needs greenlet; install it with pip install 'speca-diffusers[engine]'."

@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import inspect
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -285,7 +286,15 @@ class Future:
     def _tell(self, event: Event) -> None:
         self.last = event if event.clean is None else dataclasses.replace(event, clean=None)
         for listener in list(self._listeners):
+            self._call(listener, event)
+
+    def _call(self, listener: Callable[[Event], None], event: Event) -> None:
+        try:
             listener(event)
+        except Exception as error:  # an event loop that is gone, or a defect of a callback: no request suffers
+            self._listeners.remove(listener)
+            text = f"speca: a listener of request {self.index} raised {error!r}; no more is told to it."
+            warnings.warn(text, stacklevel=2)
 
 
 def _good(result: Result) -> Result:
