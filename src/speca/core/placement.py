@@ -73,11 +73,13 @@ def _improved(prior: Prior, transitions: tuple[Transition, ...], start: set[int]
 
 
 def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float) -> Placement:
-    """The placement with the fewest full steps whose expected error is at most `tolerance`."""
+    """A placement whose expected error is at most `tolerance`, where one full step fewer would exceed it."""
     few, many = LEAST, len(transitions)
     while few < many:
         middle = (few + many) // 2
         few, many = (few, middle) if place(prior, transitions, middle).error <= tolerance else (middle + 1, many)
+    while many > LEAST and place(prior, transitions, many - 1).error <= tolerance:  # errors need not fall at each step
+        many -= 1
     return place(prior, transitions, many)
 
 

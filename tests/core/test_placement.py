@@ -1,0 +1,104 @@
+"""Placement: the error it expects is the one that playing the schedule makes, and what it places is worth it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from speca.core.corrector import Corrector, Transition, quadrature
+from speca.core.history import History
+from speca.core.placement import LEAST, cheapest, expected, place
+from speca.core.prior import DEPTH, Prior
+
+STEPS, SAMPLES, SIZE = 12, 6, 40
+
+
+def flow() -> tuple[Transition, ...]:
+    return tuple(Transition(1.0, -1 / STEPS) for _ in range(STEPS))
+
+
+def noisy() -> tuple[Transition, ...]:
+    """Steps of a sampler that is no flow: outputs follow the sample."""
+    sizes = np.linspace(1.0, 1.4, STEPS + 1)
+    steps = []
+    for j in range(STEPS):
+        keep, move = 1.2 - 0.01 * j, -0.2
+        steps.append(Transition(keep, move, (sizes[j + 1] / sizes[j] - keep) / move, float(sizes[j])))
+    return tuple(steps)
+
+
+@pytest.fixture(scope="module")
+def outputs() -> torch.Tensor:
+    """Outputs (N, T, size) of full runs: smooth, and sharply bent early on."""
+    generator = torch.Generator().manual_seed(0)
+    t = torch.linspace(0, 1, STEPS, dtype=torch.float64)
+    basis = torch.stack([torch.ones_like(t), t, torch.exp(-8 * t), torch.sin(5 * t)])
+    return torch.einsum("nkd,kt->ntd", torch.randn(SAMPLES, 4, SIZE, generator=generator, dtype=torch.float64), basis)
+
+
+@pytest.fixture(scope="module")
+def prior(outputs: torch.Tensor) -> Prior:
+    moments = torch.einsum("nid,njd->ij", outputs, outputs) / SAMPLES / SIZE
+    return Prior(tuple(1 - i / STEPS for i in range(STEPS)), ((moments + moments.T) / 2).numpy())
+
+
+def play(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition], full: set[int]) -> float:
+    """The schedule with tensors, by the parts that the speculator uses: root mean square error at the end."""
+    rows = list(range(SAMPLES))
+    history, corrector = History(DEPTH, SAMPLES), Corrector(DEPTH, SAMPLES, float("inf"))
+    off, anchors = torch.zeros(SAMPLES, SIZE, dtype=torch.float64), []
+    for step, t in enumerate(transitions):
+        if step in full:
+            told, move = outputs[:, step] + t.pull * off, torch.zeros(SAMPLES, SIZE)
+            if corrector.drafts[0]:
+                omega = quadrature([step, *anchors], corrector.drafts[0], prior.rule)
+                move, _ = corrector.move(rows, told, [omega] * SAMPLES, t)
+            off = off + move
+            used = told + t.pull * move
+            history.push(rows, [told])
+            corrector.anchor(rows, told, t.pull * move.float())
+            anchors = [step, *anchors][:DEPTH]
+        else:
+            weights = torch.tensor(prior.rule(anchors, [step]) * SAMPLES, dtype=torch.float64)
+            used = history.forecast(rows, weights)[0] + corrector.pulled(rows, weights)
+            corrector.draft(rows, used, step, t)
+        off = t.keep * off + t.move * (used - outputs[:, step])
+    return float(off.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("transitions", [flow(), noisy()], ids=["flow", "noisy"])
+def test_the_expected_error_is_that_of_the_run(
+    outputs: torch.Tensor, prior: Prior, transitions: tuple[Transition, ...]
+) -> None:
+    chance = random.Random(0)
+    for _ in range(12):
+        full = {0, 1, *chance.sample(range(2, STEPS), chance.randint(1, 6))}
+        assert expected(prior, transitions, full) == pytest.approx(play(outputs, prior, transitions, full), rel=2e-3)
+
+
+def test_few_schedules_are_better_than_the_placed_one(prior: Prior) -> None:
+    found = place(prior, flow(), 6)
+    assert found.steps[:2] == (0, 1) and len(found.steps) == 6
+    every = sorted(expected(prior, flow(), {0, 1, *rest}) for rest in combinations(range(2, STEPS), 4))
+    assert found.error == pytest.approx(expected(prior, flow(), set(found.steps)))
+    assert sum(error < found.error for error in every) <= len(every) // 50
+
+
+def test_all_steps_in_full_leave_no_error(prior: Prior) -> None:
+    assert place(prior, flow(), STEPS).error == 0.0
+    assert place(prior, flow(), STEPS + 3).steps == tuple(range(STEPS))
+
+
+def test_the_cheapest_that_meets_a_tolerance(prior: Prior) -> None:
+    for tolerance in (0.3, 0.03, 0.003, 0.0003):
+        found = cheapest(prior, flow(), tolerance)
+        assert found.error <= tolerance
+        count = len(found.steps)
+        assert count == LEAST or place(prior, flow(), count - 1).error > tolerance
+    assert len(cheapest(prior, flow(), 1e9).steps) == LEAST
+    assert cheapest(prior, flow(), 0.0).error == 0.0

@@ -1,0 +1,153 @@
+"""A prior through whole pipelines: full steps where it places them, drafts that cost nothing, and when it stays out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import speca
+import tiny
+from speca.calibration import BESIDE
+from speca.recording import record
+
+STEPS = 16
+
+
+def recorded(case: tiny.Case, count: int = 6) -> Any:
+    arguments = {**case.arguments, **case.conditions(list(range(count))), "num_inference_steps": STEPS}
+    return record(
+        case.pipe, {n: v for n, v in arguments.items() if n != "output_type"}, list(range(100, 100 + count)), 4
+    )
+
+
+@pytest.fixture(scope="module", params=list(tiny.PIPELINES))
+def prepared(request: pytest.FixtureRequest) -> tuple[tiny.Case, Any]:
+    case = tiny.PIPELINES[request.param]()
+    return case, recorded(case)
+
+
+def decisions(case: tiny.Case) -> list[str]:
+    return [s.decisions for s in speca.report(case.pipe).samples]
+
+
+def test_a_budget_is_spent_where_the_prior_says_and_drafts_run_nothing(prepared: tuple[tiny.Case, Any]) -> None:
+    case, recording = prepared
+    speca.enable(case.pipe, speedup=4, calibration=recording.prior)
+    case([3, 8], steps=STEPS)  # the self-test runs once
+    ran = []
+    handle = next(m for m in case.transformer.modules() if isinstance(m, torch.nn.Linear)).register_forward_hook(
+        lambda *_: ran.append(1)
+    )
+    image = case([3, 8], steps=STEPS)
+    handle.remove()
+    assert len(set(decisions(case))) == 1 and decisions(case)[0].count("F") == STEPS // 4
+    speca.disable(case.pipe)
+    every = []
+    handle = next(m for m in case.transformer.modules() if isinstance(m, torch.nn.Linear)).register_forward_hook(
+        lambda *_: every.append(1)
+    )
+    plain = case([3, 8], steps=STEPS)
+    handle.remove()
+    assert len(ran) * 4 == len(every), "a draft called the model"
+    assert image.isfinite().all() and not torch.equal(image, plain)
+
+
+def test_a_row_does_not_depend_on_its_batch_mates(prepared: tuple[tiny.Case, Any]) -> None:
+    case, recording = prepared
+    speca.enable(case.pipe, tolerance=0.05, calibration=recording.prior)
+    together = case([3, 8, 5], steps=STEPS)
+    for i, seed in enumerate([3, 8, 5]):
+        torch.testing.assert_close(case([seed], steps=STEPS)[0], together[i], rtol=1e-3, atol=1e-3)
+    speca.disable(case.pipe)
+
+
+def test_threshold_zero_is_exact_with_a_prior(prepared: tuple[tiny.Case, Any]) -> None:
+    case, recording = prepared
+    plain = case([3, 8], steps=STEPS)
+    for exact in (dict(threshold=0.0), dict(tolerance=0.0)):
+        speca.enable(case.pipe, calibration=recording.prior, **exact)
+        assert torch.equal(case([3, 8], steps=STEPS), plain)
+    speca.disable(case.pipe)
+
+
+def test_a_tighter_tolerance_takes_more_steps_and_comes_nearer(prepared: tuple[tiny.Case, Any]) -> None:
+    case, recording = prepared
+    plain, spent, gaps = case([3, 8, 5], steps=STEPS), [], []
+    for tolerance in (1.0, 0.03, 1e-4):
+        speca.enable(case.pipe, tolerance=tolerance, calibration=recording.prior)
+        gaps.append(float((case([3, 8, 5], steps=STEPS) - plain).norm()))
+        spent.append(decisions(case)[0].count("F"))
+    speca.disable(case.pipe)
+    assert spent == sorted(spent) and spent[0] < spent[-1]
+    assert gaps[-1] < gaps[0]
+
+
+def test_other_steps_are_placed_by_the_same_prior() -> None:
+    case = tiny.flux()
+    prior = recorded(case).prior
+    speca.enable(case.pipe, speedup=5, calibration=prior)
+    case([3], steps=40)
+    assert decisions(case)[0].count("F") == 8
+
+
+def test_features_can_be_forecast_by_a_prior_too() -> None:
+    case = tiny.flux()
+    prior = recorded(case).prior
+    found = {}
+    for drafts in ("output", "features"):
+        speca.enable(case.pipe, speedup=4, calibration=prior, drafts=drafts)
+        found[drafts] = case([3], steps=STEPS), decisions(case), speca.report(case.pipe).bytes_per_sample
+    assert found["output"][1] == found["features"][1]
+    assert not torch.equal(found["output"][0], found["features"][0])
+    assert found["output"][2] < found["features"][2]
+
+
+def test_the_prior_stays_out_where_it_does_not_hold() -> None:
+    case = tiny.flux()
+    prior = recorded(case).prior
+    speca.enable(case.pipe, "paper", calibration=prior)
+    by_rule = case([3], steps=STEPS)
+    speca.enable(case.pipe, "paper")
+    assert torch.equal(case([3], steps=STEPS), by_rule), "the paper's preset heeded a prior"
+    speca.enable(case.pipe, speedup=4, calibration=prior, corrector=False)
+    case([3], steps=STEPS)
+    assert any("prior is not used" in note for note in speca.report(case.pipe).notes)
+    case = tiny.dit()
+    prior = recorded(case).prior
+    case.pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(case.pipe.scheduler.config)
+    speca.enable(case.pipe, calibration=prior)
+    case([3], steps=STEPS)
+    assert any("nothing is corrected" in note for note in speca.report(case.pipe).notes)
+
+
+def test_outputs_that_cannot_be_checked_are_refused() -> None:
+    with pytest.raises(speca.ConfigError, match="cannot be checked"):
+        speca.enable(tiny.flux().pipe, "paper", drafts="output")
+
+
+def test_a_model_brings_its_calibration(tmp_path: Path) -> None:
+    case = tiny.dit()
+    arguments = {"class_labels": list(range(10)) * 2, "num_inference_steps": STEPS}
+    found = speca.calibrate(case.pipe, arguments, target_psnr=15, samples=10, confidence=0.8)
+    case.pipe.save_pretrained(tmp_path)
+    found.save(tmp_path / BESIDE)
+    pipe = diffusers.DiTPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+
+    def tolerance(**how: Any) -> float:
+        speca.enable(pipe, **how)
+        pipe(class_labels=[1], num_inference_steps=STEPS)
+        return float(speca.report(pipe).config["tolerance"])
+
+    assert tolerance() == found.tolerance
+    assert tolerance(preset="fast") == pytest.approx(2 * found.tolerance)
+    assert tolerance(tolerance=0.3) == 0.3
+    assert tolerance(calibration=False) == speca.PRESETS["balanced"].tolerance
+    assert tolerance(speedup=4) == 0.0
+    assert "placement" not in speca.report(pipe).config
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    assert tolerance() == speca.PRESETS["balanced"].tolerance  # of another scheduler, so it is left alone
