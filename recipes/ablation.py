@@ -3,8 +3,8 @@
     python recipes/ablation.py fashion-dit --samples 32
 
 PSNR of each sample to its own full run (median, 5th percentile, worst), full steps and FLOPs; no times. Rows
-differ in one part each: the corrector, the planning, the last step, the order, the axis; the paper's rule and plain
-periods stand beside.
+differ in one part each: the corrector, the planning, the last step, the order, the axis, the prior's weights, its
+placement, what is forecast; the paper's rule and plain periods stand beside.
 """
 
 from __future__ import annotations
@@ -20,36 +20,52 @@ from rich.progress import track
 from rich.table import Table
 
 import speca
+from speca.calibration import Calibration
 from speca.compare import psnr, quantile
+from speca.core.placement import place
 from speca.measure import generate, joined, run_once, split
+from speca.model.sampler import noise_axis, transitions
 from speca.zoo import call_arguments, resolve
 
 PROMPTS = ("a red apple", "a smiling face", "a small house", "a blue car", "a cat", "a tree", "a star", "a boat")
 PERIOD = dict(controller="interval", warmup=3, final=1)
 VERIFIED = dict(preset="paper", forecaster="newton", order=1, threshold_decay=1.0, final=1)
+BARE: dict[str, Any] = dict(calibration=False)  # without the calibration that a bundled model brings
+PLACED = "placed"
+"""Stands for the prior's placement of `steps / speedup` full steps, to be played in other ways."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "period of 4": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=3)),
-    "period of 5": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=4)),
-    "period of 6": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=5)),
-    "period of 5, corrected": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=4, corrector=True)),
-    "period of 6, corrected": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=5, corrector=True)),
+    "period of 4": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=3), **BARE),
+    "period of 5": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=4), **BARE),
+    "period of 6": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=5), **BARE),
+    "period of 5, corrected": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=4, corrector=True), **BARE),
+    "period of 6, corrected": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=5, corrector=True), **BARE),
     "paper": dict(preset="paper"),
     "verified, order 1, tau 0.03": dict(**VERIFIED, threshold=0.03, min_draft=1, max_draft=4),
-    "planned, not corrected, 0.01": dict(tolerance=0.01, corrector=False),
-    "planned, not corrected, 0.02": dict(tolerance=0.02, corrector=False),
-    "planned, corrected, 0.004 (faithful)": dict(preset="faithful"),
-    "planned, corrected, 0.01 (balanced)": dict(preset="balanced"),
-    "planned, corrected, 0.02 (fast)": dict(preset="fast"),
-    "planned, corrected, 0.04": dict(tolerance=0.04),
-    "0.01, last step full": dict(tolerance=0.01, final=1),
-    "0.01, order 2": dict(tolerance=0.01, order=2, warmup=3),
-    "0.01, taylor": dict(tolerance=0.01, forecaster="taylor"),
-    "0.01, noise axis": dict(tolerance=0.01, axis="noise"),
+    "planned, not corrected, 0.01": dict(tolerance=0.01, corrector=False, **BARE),
+    "planned, 0.004": dict(tolerance=0.004, **BARE),
+    "planned, 0.01": dict(tolerance=0.01, **BARE),
+    "planned, 0.02": dict(tolerance=0.02, **BARE),
+    "planned, 0.04": dict(tolerance=0.04, **BARE),
+    "planned, 0.01, last step full": dict(tolerance=0.01, final=1, **BARE),
+    "planned, 0.01, order 2": dict(tolerance=0.01, order=2, warmup=3, **BARE),
+    "planned, 0.01, taylor": dict(tolerance=0.01, forecaster="taylor", **BARE),
+    "planned, 0.01, noise axis": dict(tolerance=0.01, axis="noise", **BARE),
+    "speedup 3, no prior": dict(speedup=3.0, **BARE),
+    "speedup 5, no prior": dict(speedup=5.0, **BARE),
+    "speedup 7, no prior": dict(speedup=7.0, **BARE),
+    "5x, even steps, polynomial": dict(speedup=5.0, schedule="even", **BARE),
+    "5x, even steps, prior's weights": dict(speedup=5.0, schedule="even"),
+    "5x, placed, polynomial": dict(speedup=5.0, schedule=PLACED, **BARE),
+    "5x, placed, prior, features": dict(speedup=5.0, drafts="features"),
+    "5x, placed, prior, last step full": dict(speedup=5.0, schedule=PLACED, last=True),
     "speedup 3": dict(speedup=3.0),
     "speedup 4": dict(speedup=4.0),
     "speedup 5": dict(speedup=5.0),
     "speedup 7": dict(speedup=7.0),
+    "faithful": dict(preset="faithful"),
+    "balanced": dict(preset="balanced"),
+    "fast": dict(preset="fast"),
 }
 
 
@@ -75,7 +91,7 @@ def main(
     full = joined([run_once(pipe, *part, None) for part in split(call, seeds, batch)]).images
     rows = []
     for name, settings in track(SETTINGS.items(), description="settings"):
-        made = generate(pipe, call, seeds, speca.SpecaConfig.build(**_base(settings)), batch=batch)
+        made = generate(pipe, call, seeds, batch=batch, **_how(pipe, settings, steps))
         assert made.report is not None
         spent = [s.full + s.rejected for s in made.report.samples]
         values = psnr(made.images, full).tolist()
@@ -89,9 +105,28 @@ def main(
     show(rows)
 
 
-def _base(settings: dict[str, Any]) -> dict[str, Any]:
+def _how(pipe: Any, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Settings of a row as arguments of `generate`."""
     rest = dict(settings)
-    return {"base": rest.pop("preset", "balanced"), **rest}
+    calibration, preset = rest.pop("calibration", None), rest.pop("preset", "balanced")
+    if "schedule" in rest:
+        count = int(steps / rest.pop("speedup"))
+        even = (0, 1, *(1 + round((steps - 2) * (k + 1) / (count - 2)) for k in range(count - 2)))
+        chosen = _placed(pipe, count) if rest["schedule"] == PLACED else even
+        if rest.pop("last", False):
+            chosen = (*chosen[:-1], steps - 1)
+        rest |= dict(controller="schedule", schedule=chosen)
+    named = isinstance(preset, str) and not rest
+    config = preset if named else speca.SpecaConfig.build(preset, **rest)
+    return dict(config=config, calibration=calibration)
+
+
+def _placed(pipe: Any, count: int) -> tuple[int, ...]:
+    found = Calibration.beside(pipe)
+    linear, reason = transitions(pipe.scheduler)
+    if found is None or not linear:
+        raise typer.BadParameter(f"this model brings no calibration that fits {reason}".strip())
+    return place(found.prior.at(noise_axis(pipe.scheduler)), linear, count).steps
 
 
 def show(rows: list[dict[str, Any]]) -> None:

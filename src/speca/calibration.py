@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import PRESETS
+from .config import PRESETS, SpecaConfig
 from .core.prior import Prior
 from .errors import ConfigError
 
@@ -95,13 +95,13 @@ class Calibration:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ConfigError(f"{path} is no calibration ({error}); make one with speca calibrate.") from error
 
-    def instead_of(self, preset: str) -> dict[str, float]:
-        """The setting that replaces the tolerance of `preset`: "balanced" meets the target, others keep their distance
-        from it."""
-        own, balanced = PRESETS[preset], PRESETS["balanced"]
-        if own.controller != balanced.controller:
-            return {}
-        return {"tolerance": self.tolerance * own.tolerance / balanced.tolerance}
+    def fitted(self, config: SpecaConfig) -> SpecaConfig:
+        """The configuration with the tolerance that was found, where it is left to a calibration: "balanced" meets the
+        target, and others keep their distance from it."""
+        if not config.calibrated:
+            return config
+        scale = config.tolerance / PRESETS["balanced"].tolerance
+        return dataclasses.replace(config, tolerance=self.tolerance * scale)
 
     @classmethod
     def beside(cls, pipe: Any) -> Calibration | None:

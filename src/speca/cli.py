@@ -125,9 +125,11 @@ def generate(
     """Make images with acceleration; with --compare also without it, from the same seeds, and measure both."""
     from . import cli_output as output
     from . import cli_request as request
+    from .calibration import Calibration
 
     asked = request.Request(model, label or [], prompt or [], n, steps, seed, guidance)
-    config = request.configuration(preset, settings or [], calibration)
+    config = request.configuration(preset, settings or [])
+    known = None if calibration is None else Calibration.load(calibration)
     request.at_least(1, repeats=repeats, batch=batch, threads=threads)
     with output.folder(out) as place:
         pipe = request.load(model, dtype, device, threads)
@@ -138,9 +140,9 @@ def generate(
         work = (pipe, call, asked.seeds, config)
         with output.progress(model, quiet=as_json) as ticker:
             if compare:
-                both = run_both(*work, repeats=repeats, batch=batch, progress=ticker)
+                both = run_both(*work, repeats=repeats, batch=batch, progress=ticker, calibration=known)
             else:
-                fast = run_fast(*work, batch=batch, progress=ticker)
+                fast = run_fast(*work, batch=batch, progress=ticker, calibration=known)
         if compare:
             both = dataclasses.replace(both, model=model, command=_command(), captions=captions)
             payload, rows = output.write_comparison(both, place)

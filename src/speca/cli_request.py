@@ -8,11 +8,9 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import zoo
-from .calibration import Calibration
 from .config import MIN_STEPS, SpecaConfig
 from .errors import ConfigError, InputError, SpecaError, nearest
 
@@ -135,15 +133,10 @@ def _closest(label: str, names: dict[str, int], valid: set[int]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ settings
-def configuration(preset: str, settings: Sequence[str], calibration: Path | None = None) -> SpecaConfig:
-    """The preset with the tolerance of a calibration, and `key=value` settings replaced.
-
-    ConfigError names the nearest preset or key, or the range, or what is wrong with the file of the calibration.
-    """
+def configuration(preset: str, settings: Sequence[str]) -> SpecaConfig:
+    """The preset with `key=value` settings replaced; ConfigError names the nearest preset or key, or the range."""
     hints = typing.get_type_hints(SpecaConfig)
     overrides: dict[str, Any] = {}
-    if calibration is not None:
-        overrides["tolerance"] = Calibration.load(calibration).tolerance
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:

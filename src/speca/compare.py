@@ -159,6 +159,7 @@ def compare(
     repeats: int = 1,
     batch: int = 16,
     progress: Ticker | None = None,
+    **how: Any,
 ) -> Comparison:
     """Make the same samples without and with acceleration, and measure both; arguments as in `measure.generate`.
 
@@ -171,7 +172,7 @@ def compare(
 
     passes: dict[bool, list[Run]] = {False: [], True: []}
     total = 2 * (MIN_STEPS + repeats * len(chunks) * steps)
-    with ticking(pipe, progress, total), enabled(pipe, settings) as session:
+    with ticking(pipe, progress, total), enabled(pipe, settings, **how) as session:
 
         def run(call: dict[str, Any], some: list[int], accelerated: bool) -> Run:
             with nullcontext() if accelerated else session.paused():

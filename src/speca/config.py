@@ -37,8 +37,11 @@ class SpecaConfig:
         max_draft: drafts after a full step before the next one must be full, at least 1; a budget may ask for more.
         verify: whether drafts are verified at all.
         corrector: whether a full step corrects the drafts before it (`core/corrector.py`), where the sampler is linear.
-        tolerance: of controller "planned", the estimated error that the drafts after a full step may add up to, as root
-            mean square per element of the latents, whose own is about 1; 0 leaves it to `speedup`.
+        tolerance: of controller "planned", the error allowed, as root mean square per element of the latents, whose own
+            is about 1: with a prior the one expected at the end of the run, else the estimate of what the drafts after
+            a full step may add up to. 0 leaves it to `speedup`.
+        calibrated: whether a calibration replaces `tolerance`, as in the presets: "balanced" then meets its target, and
+            others keep their distance from it. Setting `tolerance` or `speedup` ends that.
         speedup: of controller "planned", a budget, 1 or more: no sample takes more than `steps / speedup` full steps,
             and no period is shorter than an even share of what is left; 0 is no budget.
         schedule: of controller "schedule", the indices of the full steps.
@@ -63,6 +66,7 @@ class SpecaConfig:
     verify: bool = True
     corrector: bool = False
     tolerance: float = 0.01
+    calibrated: bool = False
     speedup: float = 0.0
     schedule: tuple[int, ...] = ()
     drafts: Literal["auto", "features", "output"] = "auto"
@@ -120,7 +124,9 @@ class SpecaConfig:
         for name in overrides:
             if name not in fields:
                 raise ConfigError(f"unknown setting {name!r}; {nearest(name, fields)}")
-        chosen = {"tolerance": 0.0, **overrides} if overrides.get("speedup") else overrides  # a budget is to be spent
+        chosen = {"tolerance": 0.0, **overrides} if overrides.get("speedup") else dict(overrides)  # it is to be spent
+        if {"tolerance", "speedup"} & overrides.keys():
+            chosen.setdefault("calibrated", False)
         config = dataclasses.replace(base, **chosen)
         if "tolerance" in overrides and config.controller != "planned":
             raise ConfigError(f"tolerance belongs to controller 'planned', not {config.controller!r}; use threshold.")
@@ -163,6 +169,7 @@ def _check_type(name: str, value: object, hint: Any) -> None:
 _PLANNED = SpecaConfig(
     controller="planned",
     corrector=True,
+    calibrated=True,
     warmup=2,
     final=0,
     max_draft=12,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .calibration import Calibration
-from .config import MIN_STEPS, PRESETS, SpecaConfig
+from .config import MIN_STEPS, SpecaConfig
 from .core.prior import Prior
 from .errors import ConfigError, NotEnabledError, UnsupportedModelError
 from .model.companions import demand_alone, plain_copy
@@ -57,17 +57,9 @@ def enable(
         UnsupportedModelError: no diffusion transformer here, for instance a UNet.
     """
     models = transformers_of(target)
-    prior = calibration if isinstance(calibration, Prior) else None
-    used = scheduler if scheduler is not None else getattr(target, "scheduler", None)
-    if found := _found(calibration, target, models[0], used):
-        prior = found.prior
-        if (
-            isinstance(preset, str)
-            and preset in PRESETS
-            and not {"tolerance", "speedup", "controller"} & overrides.keys()
-        ):
-            overrides |= found.instead_of(preset)
     config = SpecaConfig.build(preset, **overrides)
+    used = scheduler if scheduler is not None else getattr(target, "scheduler", None)
+    found = _found(calibration, target, models[0], used)
     if isinstance(target, nn.Module) and scheduler is None and num_inference_steps is None:
         raise ConfigError(
             "a bare transformer does not know where a step stands; pass scheduler= (the one you step) "
@@ -85,19 +77,19 @@ def enable(
     disable(target)
     try:
         for model in models:
-            _attach(model, Run(model, config, target, scheduler, num_inference_steps, prior))
+            _attach(model, Run(model, config, target, scheduler, num_inference_steps, found))
     except ConfigError:  # two of them share their blocks
         disable(target)
         raise
     return target
 
 
-def _found(calibration: Any, target: Any, model: nn.Module, scheduler: Any) -> Calibration | None:
+def _found(calibration: Any, target: Any, model: nn.Module, scheduler: Any) -> Calibration | Prior | None:
     """The calibration that was given, which has to fit, or the one that the pipeline came with."""
     if calibration is None:
         return Calibration.beside(target)
     if calibration is False or isinstance(calibration, Prior):
-        return None
+        return calibration or None
     found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
     found.demand_fit(type(model).__name__, None if scheduler is None else type(scheduler).__name__)
     return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .branch import Branch, Work
+from .calibration import Calibration
 from .config import MIN_STEPS, SpecaConfig
 from .core.controller import FULL
 from .core.corrector import Transition
@@ -45,13 +46,15 @@ class Run:
 
     def __init__(
         self, model: nn.Module, config: SpecaConfig, home: Any, scheduler: Any = None, steps: int | None = None,
-        prior: Prior | None = None,
+        known: Calibration | Prior | None = None,
     ) -> None:  # fmt: skip
         """`home` was enabled: a pipeline, or the model itself, then with its scheduler or number of steps."""
         self.model, self.config = model, config
         self.scheduler, self.steps = scheduler, steps
         self.gate = Gate(model)
-        self.speculator = Speculator(config, Executor(), prior)
+        self.known = known
+        self.speculator = self.speculator_for(config, Executor())
+        self.config = self.speculator.config
         self.findings: dict[tuple[object, object, bool], Discovery] = {}
         self._renewals = 0  # of the blocks that the findings are about
         self.before: dict[str, Any] = {}
@@ -85,6 +88,13 @@ class Run:
         if course is None:
             raise NotEnabledError("nothing has run yet; call the pipeline first, then ask for the report.")
         return course.report(type(self.model).__name__, self.speculator_of(course).config.to_dict())
+
+    def speculator_for(self, config: SpecaConfig, executor: Executor) -> Speculator:
+        """One with settings of its own, that knows what was calibrated."""
+        known = self.known
+        if isinstance(known, Calibration):
+            return Speculator(known.fitted(config), executor, known.prior)
+        return Speculator(config, executor, known)
 
     def speculator_of(self, course: Course) -> Speculator:
         """Who plays the calls of a course: its own, as a request of an engine has one, or that of all."""

@@ -20,7 +20,6 @@ from ..executor import Executor, Pass
 from ..model.gate import Mode
 from ..report import Report
 from ..run import ATTRIBUTE, Run
-from ..speculator import Speculator
 from .desk import Desk, Plain, Question, Read
 from .packing import Packer
 from .preview import watch
@@ -71,7 +70,7 @@ def play(pipe: Any, runs: Sequence[Run], future: Future, executor: Executor, beg
         watch(mine.scheduler, future.show)
     owner = weakref.ref(mine)
     course = Course(lambda: getattr(owner(), "scheduler", None))
-    course.speculator = Speculator(request.config, executor, runs[0].speculator.prior)
+    course.speculator = runs[0].speculator_for(request.config, executor)
     for run in runs:
         run.courses[mine] = course
     begun(course)
