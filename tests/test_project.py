@@ -21,16 +21,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 LAYERS = (
-    "errors", "config", "calibration", "core", "model", "executor", "speculator", "report", "course", "run", "hook",
-    "pipeline", "engine", "check", "zoo", "grid", "measure", "compare", "offline", "calibrating", "",
-    "distance", "bench", "cli_request", "cli_output", "cli_batch", "cli_bench", "cli_calibrate", "cli",
+    "errors", "config", "core", "calibration", "model", "executor", "branch", "speculator", "report", "course", "run",
+    "hook", "pipeline", "engine", "check", "zoo", "grid", "measure", "compare", "offline", "recording", "calibrating",
+    "", "distance", "bench", "cli_request", "cli_output", "cli_batch", "cli_bench", "cli_calibrate", "cli",
 )  # fmt: skip
 """Lowest first; a file imports from its own layer and from those before it. "" is `speca` itself, the public names."""
 
 THIRD_PARTY = {  # what the lower layers may use besides the standard library; the longest matching name counts
     "speca.errors": set(),
     "speca.config": set(),
-    "speca.core": {"torch"},
+    "speca.core": {"torch", "numpy"},
     "speca.core.controller": set(),
 }
 

@@ -60,19 +60,14 @@ def calibrate(
     Raises:
         InputError: a value out of range, the sampler is not linear, or half the steps in full miss the target.
     """
-    least = math.ceil(1 / (1 - confidence) - 1 - 1e-9) if 0 < confidence < 1 else 0
-    if not least or target_psnr <= 0 or samples < least:
-        raise InputError(
-            f"calibrate needs a target above 0 dB, a confidence between 0 and 1 and, at {confidence}, at least {least} "
-            f"samples; got {target_psnr} dB and {samples} samples."
-        )
+    _demand_enough(target_psnr, samples, confidence)
     seeds = [*range(TUNING_SEED, TUNING_SEED + samples), *range(FRESH_SEED, FRESH_SEED + samples)]
     call = call_kwargs if call_kwargs is not None else example_call(pipe, seeds)
-    (tuning_call, tuning_seeds), (fresh_call, fresh_seeds) = split(call, seeds, samples)
+    half, other = split(call, seeds, samples)
     told, batch = progress or (lambda words: None), min(batch, samples)
     told("full run on tuning seeds")
-    recording = record(pipe, tuning_call, tuning_seeds, batch)
-    tuning = _Half(pipe, tuning_call, tuning_seeds, recording, confidence, batch)
+    recording = record(pipe, *half, batch)
+    tuning = _Half(pipe, *half, recording, confidence, batch)
     steps = len(recording.transitions)
 
     def attempt(full: int) -> Trial:
@@ -80,17 +75,11 @@ def calibrate(
         return tuning.attempt(place(recording.prior, recording.transitions, full).error * MARGIN)
 
     trials = _search(attempt, max(LEAST, steps // 10), steps // 2, target_psnr)
-    best = min((t for t in trials if t.bound >= target_psnr), key=lambda t: t.full_steps, default=None)
-    if best is None:
-        most = max(trials, key=lambda t: t.full_steps)
-        raise InputError(f"{most.full_steps} full steps give {most.bound:.1f} dB, not {target_psnr:g}; ask for less.")
+    best = _fewest(trials, target_psnr)
     told("fresh seeds")
-    images = joined(
-        [run_once(pipe, *part, None) for part in split(fresh_call, fresh_seeds, min(batch, samples))]
-    ).images
-    fresh = _Half(pipe, fresh_call, fresh_seeds, replace(recording, images=images), confidence, min(batch, samples))
-    trial = fresh.attempt(best.tolerance)
-    met = sum(value >= target_psnr for value in fresh.values)
+    full = joined([run_once(pipe, *part, None) for part in split(*other, batch)])
+    fresh = _Half(pipe, *other, replace(recording, images=full.images), confidence, batch)
+    trial, met = fresh.attempt(best.tolerance), sum(value >= target_psnr for value in fresh.values)
     low, high = wilson(met, samples)
     return Calibration(
         model=type(transformers_of(pipe)[0]).__name__, scheduler=type(pipe.scheduler).__name__,
@@ -99,6 +88,15 @@ def calibrate(
         fresh_high=high, tuning_seeds=(TUNING_SEED, samples), fresh_seeds=(FRESH_SEED, samples), trials=tuple(trials),
         prior=recording.prior,
     )  # fmt: skip
+
+
+def _demand_enough(target_psnr: float, samples: int, confidence: float) -> None:
+    least = math.ceil(1 / (1 - confidence) - 1 - 1e-9) if 0 < confidence < 1 else 0
+    if not least or target_psnr <= 0 or samples < least:
+        raise InputError(
+            f"calibrate needs a target above 0 dB, a confidence between 0 and 1 and, at {confidence}, at least {least} "
+            f"samples; got {target_psnr} dB and {samples} samples."
+        )
 
 
 @dataclass
@@ -132,6 +130,15 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     width = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
     return min(share, max(0.0, (middle - width) / scale)), max(share, min(1.0, (middle + width) / scale))
+
+
+def _fewest(trials: list[Trial], target: float) -> Trial:
+    """The one with the fewest full steps that passed."""
+    passed = [t for t in trials if t.bound >= target]
+    if not passed:
+        most = max(trials, key=lambda t: t.full_steps)
+        raise InputError(f"{most.full_steps} full steps give {most.bound:.1f} dB, not {target:g}; ask for less.")
+    return min(passed, key=lambda t: t.full_steps)
 
 
 def _search(attempt: Callable[[int], Trial], few: int, many: int, target: float) -> list[Trial]:

@@ -46,8 +46,8 @@ def enable(
         preset: "faithful", "balanced", "fast" or "paper", or a `SpecaConfig`.
         scheduler: for a bare transformer, the scheduler whose timesteps it is given.
         num_inference_steps: for a bare transformer without scheduler, the number of steps, at least 4.
-        calibration: what `speca.calibrate` found, its file, or a `Prior` alone. It gives the prior and,
-            for a preset without `tolerance` or `speedup`, the tolerance. By default the one in the folder that the
+        calibration: what `speca.calibrate` found, its file, or a `Prior` alone. It gives the prior and, for a preset
+            without `tolerance` or `speedup`, the tolerance. By default the one in the folder that the
             pipeline came from, `speca.json`, if it is there and fits; False: none.
         **overrides: any field of `SpecaConfig`.
 
@@ -58,8 +58,7 @@ def enable(
     """
     models = transformers_of(target)
     config = SpecaConfig.build(preset, **overrides)
-    used = scheduler if scheduler is not None else getattr(target, "scheduler", None)
-    found = _found(calibration, target, models[0], used)
+    known = _known(calibration, target, models[0], scheduler)
     if isinstance(target, nn.Module) and scheduler is None and num_inference_steps is None:
         raise ConfigError(
             "a bare transformer does not know where a step stands; pass scheduler= (the one you step) "
@@ -77,21 +76,22 @@ def enable(
     disable(target)
     try:
         for model in models:
-            _attach(model, Run(model, config, target, scheduler, num_inference_steps, found))
+            _attach(model, Run(model, config, target, scheduler, num_inference_steps, known))
     except ConfigError:  # two of them share their blocks
         disable(target)
         raise
     return target
 
 
-def _found(calibration: Any, target: Any, model: nn.Module, scheduler: Any) -> Calibration | Prior | None:
+def _known(calibration: Any, target: Any, model: nn.Module, scheduler: Any) -> Calibration | Prior | None:
     """The calibration that was given, which has to fit, or the one that the pipeline came with."""
     if calibration is None:
         return Calibration.beside(target)
     if calibration is False or isinstance(calibration, Prior):
         return calibration or None
     found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-    found.demand_fit(type(model).__name__, None if scheduler is None else type(scheduler).__name__)
+    used = scheduler if scheduler is not None else getattr(target, "scheduler", None)
+    found.demand_fit(type(model).__name__, None if used is None else type(used).__name__)
     return found
 
 

@@ -168,8 +168,9 @@ class Speculator:
                 shift = move * (transition.pull + transition.keep / transition.move)
                 main.index_add_(0, part, shift.to(main.dtype))
         corrector.anchor(rows, told, change)
+        flow = all(abs(t.pull) < STRAIGHT for t in work.transitions)
         for trajectory in trajectories:
-            trajectory.linear = True
+            trajectory.linear, trajectory.bend = True, FLOW_BEND if flow else 1.0
 
     def _plan_ahead(
         self, corrector: Corrector, drafted: Sequence[Trajectory], rows: Sequence[int], sizes: Tensor
@@ -274,6 +275,8 @@ class Speculator:
             spent.full_rates.append(seconds / rows)
 
 
+FLOW_BEND = 1.5  # where nothing is calibrated, how much denser the full steps of a flow are at the beginning
+STRAIGHT = 1e-3  # a sampler whose outputs follow its sample by less, on paper, is that of a flow
 TINY = 1e-8  # a step that moves the sample by less than this per unit of output cannot carry a correction
 
 

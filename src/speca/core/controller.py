@@ -40,6 +40,7 @@ class Trajectory:
         period: steps from the full step before the last one to the last one, 1 if there were no drafts between.
         planned: the period that was planned at the last full step, by a controller that plans ahead.
         placement: the steps to compute in full, where a prior has placed them.
+        bend: how a budget is spread: 1 evenly, above 1 denser at the beginning.
         linear: whether its corrections are known, and with them how wrong its drafts were.
         error: error of the last verified draft since the last full step, None if there is none.
         anchors: positions of kept full steps, newest first.
@@ -57,6 +58,7 @@ class Trajectory:
     planned: float = 2.0  # a short first draft: nothing is known of its error yet
     linear: bool = False
     placement: frozenset[int] | None = None
+    bend: float = 1.0
     period: int = 1
     error: float | None = None
     anchors: list[float] = field(default_factory=list)
@@ -167,7 +169,8 @@ class PlannedController(Controller):
     Drafts of order p over a period of n steps leave an error of order `n^(p+2)`, and each correction estimates it
     (Milne, see `core/corrector.py`). So the period that meets a tolerance is `n * (tolerance / estimate)^(1 / (p+2))`:
     the step-size control of ODE solvers, with their safety factor and limits of change. Of a budget of
-    `steps / speedup` full steps, no period is shorter than an even share of what is left.
+    `steps / speedup` full steps, no period is shorter than its share of what is left; on a flow shares grow on the way,
+    as its early steps are worth more (measured, docs/LOG.md).
 
     With a prior, the full steps are where it has placed them, see `core/placement.py`.
 
@@ -202,9 +205,18 @@ class PlannedController(Controller):
             return Plan.FULL
         if spare <= 0:
             return Plan.UNCHECKED
-        even = (to_come + t.streak + 1 - c.final) / (spare + 1) if c.speedup else 1.0
+        even = self._share(t, spare) if c.speedup else 1.0
         period = max(even, min(t.planned, c.max_draft + 1.0))
         return Plan.FULL if t.streak + 1 >= round(min(period, self.LEAP * t.period)) else Plan.UNCHECKED
+
+    def _share(self, t: Trajectory, spare: int) -> float:
+        """The period to the next full step where `spare` more are spread evenly on the axis `step^(1 / bend)`.
+
+        Half a period is left after the last one, as what is drafted there is never corrected.
+        """
+        last, end = t.step - t.streak - 1, max(1, t.total - self.config.final - 1)
+        warped = min(1.0, last / end) ** (1 / t.bend)
+        return float(end * (warped + (1 - warped) / (spare + 0.5)) ** t.bend - last)
 
     def observe(self, trajectory: Trajectory, estimate: float, drafts: int) -> None:
         factor = (self.SAFETY * self.config.tolerance / max(estimate, 1e-12)) ** (1 / (self.config.anchors + 1))
