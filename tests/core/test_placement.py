@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from itertools import combinations
@@ -48,14 +49,15 @@ def prior(outputs: torch.Tensor) -> Prior:
 
 
 def play(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition], full: set[int]) -> float:
-    """The schedule with tensors, by the parts that the speculator uses: root mean square error at the end."""
+    """The schedule with tensors, by the parts that the speculator uses; the error as `expected` adds it up."""
     rows = list(range(SAMPLES))
     history, corrector = History(DEPTH, SAMPLES), Corrector(DEPTH, SAMPLES, float("inf"))
-    off, anchors = torch.zeros(SAMPLES, SIZE, dtype=torch.float64), []
+    off, anchors, met = torch.zeros(SAMPLES, SIZE, dtype=torch.float64), [], 0.0
     for step, t in enumerate(transitions):
         if step in full:
             told, move = outputs[:, step] + t.pull * off, torch.zeros(SAMPLES, SIZE)
             if corrector.drafts[0]:
+                met += float((off / t.size).square().mean())
                 omega = quadrature([step, *anchors], corrector.drafts[0], prior.rule)
                 move, _ = corrector.move(rows, told, [omega] * SAMPLES, t)
             off = off + move
@@ -68,7 +70,7 @@ def play(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition],
             used = history.forecast(rows, weights)[0] + corrector.pulled(rows, weights)
             corrector.draft(rows, used, step, t)
         off = t.keep * off + t.move * (used - outputs[:, step])
-    return float(off.square().mean().sqrt())
+    return math.sqrt(float(off.square().mean()) + met / len(full))
 
 
 @pytest.mark.parametrize("transitions", [flow(), noisy()], ids=["flow", "noisy"])

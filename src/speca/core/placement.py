@@ -1,8 +1,8 @@
 """Placement: at which steps to compute in full, so that the error expected at the end is smallest.
 
 A schedule is played as the speculator would play it, on the coefficients of the outputs instead of the outputs: with
-a prior's moments `C` that gives the error expected at the end without a model, in well under a millisecond. A schedule
-is improved step by step until no move helps.
+a prior's moments `C` that gives the error to be expected without a model, in a few milliseconds. A schedule is improved
+step by step until no move helps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SWEEPS = 12
 
 @dataclass(frozen=True)
 class Placement:
-    """The full steps, and the root mean square error per element of the sample that is expected at the end."""
+    """The full steps, and the error that is `expected` of them."""
 
     steps: tuple[int, ...]
     error: float
@@ -84,9 +84,15 @@ def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float
 
 
 def expected(prior: Prior, transitions: Sequence[Transition], full: set[int]) -> float:
-    """Root mean square error expected at the end of a run with the `full` steps, per element, first-order."""
+    """What the sample is expected to be off by in a run with the `full` steps: root mean square per element.
+
+    Mean squares of the end, and of where outputs are computed, in units of the straight path, are added. The latter
+    are put right by the corrector and do not count in first order; but outputs answer to them, which moments cannot
+    show (measured, docs/LOG.md).
+    """
     total, moments = len(transitions), prior.moments
     off = np.zeros(total)  # what the sample is off by, as coefficients of the outputs
+    met = 0.0  # mean squares of what the sample is off by where outputs are computed
     drift, drafts = np.zeros(total), list[int]()
     anchors: list[tuple[int, Array]] = []
     for step, t in enumerate(transitions):
@@ -94,6 +100,7 @@ def expected(prior: Prior, transitions: Sequence[Transition], full: set[int]) ->
             used = t.pull * off
             used[step] += 1
             if drafts:
+                met += float(off @ moments @ off) / t.size**2
                 move = _move(prior, transitions, anchors, drafts, step, used, drift)
                 off, used = off + move, used + t.pull * move
             anchors = [(step, used), *anchors][:DEPTH]
@@ -106,7 +113,7 @@ def expected(prior: Prior, transitions: Sequence[Transition], full: set[int]) ->
         error = used.copy()
         error[step] -= 1
         off = t.keep * off + t.move * error
-    return math.sqrt(max(0.0, float(off @ moments @ off)))
+    return math.sqrt(max(0.0, float(off @ moments @ off) + met / len(full)))
 
 
 def _move(
