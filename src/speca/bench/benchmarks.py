@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .field import chosen
 from .pareto import Point, at_speed, paired_difference
 from .report import OURS, about, batch_table, curves, families, guarantee_table, measured, missing_table, score_table
 from .report import signal_table as signals
@@ -50,6 +51,9 @@ def section(model: str, rows: Rows) -> list[str]:
     """One model."""
     lines = [f"## {model}", "", *[line for paragraph in about(rows[0]) for line in (paragraph, "")]]
     pictures = [f"![Typical and worst](img/bench-{model}.svg)", "", f"![Curves](img/bench-{model}-curves.svg)"]
+    run = {row["method"] for row in rows if "method" in row}
+    if absent := [method.name for method in chosen([], rows[0]["suite"]["steps"]) if method.name not in run]:
+        lines += [f"Methods of the field that were left out of this run: {', '.join(absent)}.", ""]
     lines += [*answers(rows), "", *pictures]
     lines += ["", "### In quality", "", *quality_table(rows), "", "### In seconds", "", *seconds_table(rows)]
     titled = {
