@@ -14,6 +14,8 @@ from ..model import rows as rowwise
 from ..model.gate import Gate
 from ..model.overrides import PACKED
 from ..model.probe import Discovery, Forward, scaled
+from .activations import Peak
+from .scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Desk(Executor):
 
     packs = True
 
-    def __init__(self, hub: Asking) -> None:
-        self._hub, self._away = hub, 0.0
+    def __init__(self, hub: Asking, scheduler: Scheduler) -> None:
+        self._hub, self._scheduler, self._away = hub, scheduler, 0.0
 
     def run(self, asked: Pass) -> Ran:
         """One forward, together with those of other requests if there are any that fit."""
@@ -69,13 +71,24 @@ class Desk(Executor):
         if rows == 1 and type(gate.model).__name__ not in PACKED:
             try:
                 two = rowwise.join([arguments, scaled(arguments)], [1, 1])
-                out, finding, features = super().discover(gate, forward, two, 2)
+                out, finding, features = self._weighed(gate, forward, two, 2)
             except Exception:  # of a model that cannot take two: then each call of this kind is run alone
                 gate.forget()
             else:
                 if finding.supported:
                     return rowwise.split(out, [1, 1])[0], finding, tuple(f[:1] for f in features)
-        return super().discover(gate, forward, arguments, rows)
+        return self._weighed(gate, forward, arguments, rows)
+
+    def _weighed(
+        self, gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int
+    ) -> tuple[Any, Discovery, tuple[Tensor, ...]]:
+        """`discover`, and what it takes while it runs, where that is wanted."""
+        if self._scheduler.memory is None:
+            return super().discover(gate, forward, arguments, rows)
+        with Peak() as peak:
+            found = super().discover(gate, forward, arguments, rows)
+        self._scheduler.forward = max(self._scheduler.forward, peak.most // rows)
+        return found
 
     def now(self) -> float:
         """Seconds, without those that passed while waiting, but with the share of the batches taken part in."""

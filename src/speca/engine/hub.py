@@ -188,7 +188,7 @@ class Hub:
         def begun(course: Course) -> None:
             live.course = course
 
-        desk = Desk(self.meet)
+        desk = Desk(self.meet, self.scheduler)
         self._go(index, lambda: self.meet.start(index, lambda: play(self.pipe, self.runs, future, desk, begun)))
 
     def _go(self, index: int, onward: Callable[[], None]) -> None:

@@ -76,7 +76,9 @@ class Scheduler:
         max_wait: ticks after which a full forward no longer waits for others.
         max_live: most requests that are live at a time.
         max_queue: most requests that wait to start, None for no limit.
-        memory: most bytes that live requests may hold together, None for no limit. One alone may hold more.
+        memory: most bytes that live requests and one forward of `max_batch` rows may hold together, None for no limit. One
+            request alone may hold more.
+        forward: bytes that a row of a forward takes while it runs, as far as that is known.
         lockstep: all live requests start together and stay at one step, as a batch of a plain pipeline does.
         tick: how often `plan` was called.
     """
@@ -87,6 +89,7 @@ class Scheduler:
     max_queue: int | None = None
     memory: int | None = None
     lockstep: bool = False
+    forward: int = 0
     tick: int = 0
     waiting: dict[int, Ticket] = field(default_factory=dict)
     queue: dict[int, _Queued] = field(default_factory=dict)
@@ -121,10 +124,10 @@ class Scheduler:
         """
         if self.max_queue is not None and len(self.queue) >= self.max_queue:
             raise QueueFullError(f"{len(self.queue)} requests are waiting, as many as may; try again later.")
-        need = self.known.get(size, 0)
+        need = self.known.get(size, 0) + self.forward
         if self.memory is not None and need > self.memory:
             raise InputError(
-                f"a request of this size keeps {need} bytes, more than memory={self.memory}; raise memory."
+                f"a request of this size takes {need} bytes, more than memory={self.memory}; raise memory."
             )
         self.queue[request] = _Queued(request, size, priority, self.tick)
 
@@ -154,7 +157,7 @@ class Scheduler:
     def _fits(self, size: Hashable) -> bool:
         if self.memory is None or not self._live:
             return True
-        return size in self.known and self.bytes + self.known[size] <= self.memory
+        return size in self.known and self.bytes + self.known[size] + self.forward * self.max_batch <= self.memory
 
     def _hold(self, queued: _Queued) -> None:
         assert self.memory is not None
