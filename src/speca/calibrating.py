@@ -42,11 +42,10 @@ def calibrate(
         calibration.save("flux-35.json")
         speca.enable(pipe, calibration="flux-35.json")
 
-    The outputs of full runs of the tuning seeds give the prior, see `core/prior.py`; no model is trained. Numbers of
-    full steps, placed by it, are then tried by bisection. One passes if the k-th smallest PSNR of its n samples meets
-    the target, `k = floor((n + 1) (1 - confidence))`: the bound of split conformal prediction, which a fresh sample
-    meets with this confidence, whatever the distribution. As the best of several is taken, and the prior is of the same
-    samples, it is then tried on as many fresh seeds, and what those gave is reported.
+    The outputs of full runs of tuning seeds give the prior, see `core/prior.py`. Numbers of full steps, placed by it,
+    are then tried by bisection. One passes if the k-th smallest PSNR of its n samples meets the target,
+    `k = floor((n + 1) (1 - confidence))`: the bound of split conformal prediction. As the best of several is taken, and
+    the prior is of the same samples, it is then tried on as many fresh seeds, and what those gave is reported.
 
     Args:
         pipe: a pipeline whose sampler is linear; others cannot be corrected.
@@ -62,8 +61,7 @@ def calibrate(
     """
     _demand_enough(target_psnr, samples, confidence)
     seeds = [*range(TUNING_SEED, TUNING_SEED + samples), *range(FRESH_SEED, FRESH_SEED + samples)]
-    call = call_kwargs if call_kwargs is not None else example_call(pipe, seeds)
-    half, other = split(call, seeds, samples)
+    half, other = split(example_call(pipe, seeds) if call_kwargs is None else call_kwargs, seeds, samples)
     told, batch = progress or (lambda words: None), min(batch, samples)
     told("full run on tuning seeds")
     recording = record(pipe, *half, batch)

@@ -76,8 +76,8 @@ class Scheduler:
         max_wait: ticks after which a full forward no longer waits for others.
         max_live: most requests that are live at a time.
         max_queue: most requests that wait to start, None for no limit.
-        memory: most bytes that live requests and one forward of `max_batch` rows may hold together, None for no limit. One
-            request alone may hold more.
+        memory: most bytes that live requests and one forward of `max_batch` rows may hold together, None for no limit.
+            One request alone may hold more.
         forward: bytes that a row of a forward takes while it runs, as far as that is known.
         lockstep: all live requests start together and stay at one step, as a batch of a plain pipeline does.
         tick: how often `plan` was called.
