@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .calibration import Calibration, Trial
 from .compare import psnr, quantile
 from .config import SpecaConfig
-from .core.placement import LEAST, place
+from .core.placement import LEAST, place, with_placements
 from .errors import InputError
 from .measure import example_call, generate, joined, run_once, split
 from .pipeline import transformers_of
@@ -63,8 +63,7 @@ def calibrate(
     seeds = [*range(TUNING_SEED, TUNING_SEED + samples), *range(FRESH_SEED, FRESH_SEED + samples)]
     half, other = split(example_call(pipe, seeds) if call_kwargs is None else call_kwargs, seeds, samples)
     told, batch = progress or (lambda words: None), min(batch, samples)
-    told("full run on tuning seeds")
-    recording = record(pipe, *half, batch)
+    recording = _recorded(pipe, *half, batch, told)
     tuning = _Half(pipe, *half, recording, confidence, batch)
     steps = len(recording.transitions)
 
@@ -86,6 +85,14 @@ def calibrate(
         fresh_high=high, tuning_seeds=(TUNING_SEED, samples), fresh_seeds=(FRESH_SEED, samples), trials=tuple(trials),
         prior=recording.prior,
     )  # fmt: skip
+
+
+def _recorded(pipe: Any, call: dict[str, Any], seeds: list[int], batch: int, told: Progress) -> Recording:
+    """Full runs of the tuning seeds, and the placements that their prior gives."""
+    told("full run on tuning seeds")
+    recording = record(pipe, call, seeds, batch)
+    told("placing full steps")
+    return replace(recording, prior=with_placements(recording.prior, recording.transitions))
 
 
 def _demand_enough(target_psnr: float, samples: int, confidence: float) -> None:

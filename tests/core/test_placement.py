@@ -13,7 +13,7 @@ import torch
 
 from speca.core.corrector import Corrector, Transition, quadrature
 from speca.core.history import History
-from speca.core.placement import LEAST, cheapest, expected, place
+from speca.core.placement import LEAST, cheapest, expected, place, with_placements
 from speca.core.prior import DEPTH, Prior
 
 STEPS, SAMPLES, SIZE = 12, 6, 40
@@ -104,3 +104,13 @@ def test_the_cheapest_that_meets_a_tolerance(prior: Prior) -> None:
         assert count == LEAST or place(prior, flow(), count - 1).error > tolerance
     assert len(cheapest(prior, flow(), 1e9).steps) == LEAST
     assert cheapest(prior, flow(), 0.0).error == 0.0
+
+
+def test_what_was_placed_beforehand_is_taken(prior: Prior) -> None:
+    known = with_placements(prior, flow())
+    assert sorted(known.placed) == list(range(LEAST, STEPS // 2 + 1))
+    assert place(known, flow(), 5) == place(prior, flow(), 5)
+    told = Prior(prior.noise, prior.moments, {5: (0, 1, 2, 3, 4)})
+    assert place(told, flow(), 5).steps == (0, 1, 2, 3, 4)
+    assert place(told, flow(), 5).error == pytest.approx(expected(prior, flow(), {0, 1, 2, 3, 4}))
+    assert told.at(prior.noise[::2]).placed == {}, "of another number of steps"

@@ -69,7 +69,9 @@ def test_other_numbers_of_steps_lie_between() -> None:
 
 
 def test_plain_values_and_back() -> None:
-    again = Prior.from_dict(json.loads(json.dumps(WAVE.to_dict())))
+    wave = Prior(AXIS, WAVE.moments, {3: (0, 1, 9)})
+    again = Prior.from_dict(json.loads(json.dumps(wave.to_dict())))
+    assert again.placed == {3: (0, 1, 9)}
     np.testing.assert_allclose(again.moments, WAVE.moments, rtol=1e-8)
     assert again.noise == WAVE.noise
 

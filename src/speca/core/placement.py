@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -43,6 +43,8 @@ def place(prior: Prior, transitions: tuple[Transition, ...], count: int) -> Plac
     total = len(transitions)
     if count >= total:
         return Placement(tuple(range(total)), 0.0)
+    if count in prior.placed:
+        return Placement(prior.placed[count], expected(prior, transitions, set(prior.placed[count])))
     found = [_improved(prior, transitions, _start(total, count, bend)) for bend in BENDS]
     return min(found, key=lambda placement: placement.error)
 
@@ -72,12 +74,19 @@ def _improved(prior: Prior, transitions: tuple[Transition, ...], start: set[int]
     return Placement(tuple(sorted(best)), least)
 
 
+def with_placements(prior: Prior, transitions: tuple[Transition, ...]) -> Prior:
+    """The prior with placements of up to half the steps, so that they need not be searched when it is used."""
+    counts = range(LEAST, len(transitions) // 2 + 1)
+    return replace(prior, _known={}, placed={count: place(prior, transitions, count).steps for count in counts})
+
+
 def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float) -> Placement:
     """A placement whose expected error is at most `tolerance`, where one full step fewer would exceed it."""
     few, many = LEAST, len(transitions)
+    middle = max(few, many // 2)  # up to here a prior may know its placements
     while few < many:
-        middle = (few + many) // 2
         few, many = (few, middle) if place(prior, transitions, middle).error <= tolerance else (middle + 1, many)
+        middle = (few + many) // 2
     while many > LEAST and place(prior, transitions, many - 1).error <= tolerance:  # errors need not fall at each step
         many -= 1
     return place(prior, transitions, many)

@@ -14,7 +14,7 @@ kilobytes, and is taken to other numbers of steps along the noise axis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Prior:
     Attributes:
         noise: (T,) where the steps stand: diffusion time, falling, about 1 at pure noise.
         moments: (T, T) `C`, per element, symmetric and positive.
+        placed: where to compute numbers of full steps, as far as that was found beforehand (`core/placement.py`).
 
     Raises:
         ConfigError: shapes do not fit, or `moments` is no matrix of second moments.
@@ -45,6 +46,7 @@ class Prior:
 
     noise: tuple[float, ...]
     moments: Array
+    placed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,9 +86,9 @@ class Prior:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: the lower half of the moments, row by row, rounded to single precision."""
+        """Plain values; of the moments the lower half, row by row, rounded to single precision."""
         half = [[float(f"{v:.9g}") for v in row[: i + 1]] for i, row in enumerate(self.moments.tolist())]
-        return {"noise": list(self.noise), "moments": half}
+        return {"noise": list(self.noise), "moments": half, "placed": [list(steps) for steps in self.placed.values()]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Prior:
@@ -95,4 +97,4 @@ class Prior:
         moments = np.zeros((steps, steps))
         for i, row in enumerate(values["moments"]):
             moments[i, : i + 1] = moments[: i + 1, i] = row
-        return cls(tuple(values["noise"]), moments)
+        return cls(tuple(values["noise"]), moments, {len(found): tuple(found) for found in values["placed"]})
