@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,10 @@ class Calibration:
         """The calibration in the folder that a pipeline was loaded from, if there is one that fits it."""
         folder = Path(str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or ""))
         transformer, scheduler = getattr(pipe, "transformer", None), getattr(pipe, "scheduler", None)
-        if not (folder / BESIDE).is_file():
+        file = folder / BESIDE
+        if not file.is_file():
             return None
-        found = cls.load(folder / BESIDE)
+        found = _read(file, file.stat().st_mtime_ns)
         fits = (found.model, found.scheduler) == (type(transformer).__name__, type(scheduler).__name__)
         return found if fits else None
 
@@ -129,3 +131,9 @@ class Calibration:
             f"{self.fresh_p5:.1f} dB at the 5th percentile, {self.fresh_met:.0%} at {self.target_psnr:g} dB or more "
             f"(95 % interval {self.fresh_low:.0%} to {self.fresh_high:.0%})"
         )
+
+
+@lru_cache(maxsize=16)
+def _read(file: Path, changed: int) -> Calibration:
+    """The same object for the same file, so that what was found with its prior is found once in a process."""
+    return Calibration.load(file)
