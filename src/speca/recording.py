@@ -15,6 +15,7 @@ from .core.prior import Prior
 from .errors import InputError
 from .measure import run_once, split
 from .model.sampler import noise_axis, transitions
+from .pipeline import disable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,7 +31,7 @@ class Recording:
 
 
 def record(pipe: DiffusionPipeline, call: dict[str, Any], seeds: Sequence[int], batch: int) -> Recording:
-    """Run `seeds` in full, at most `batch` at a time.
+    """Run `seeds` in full, at most `batch` at a time; acceleration that is enabled is disabled first.
 
     The scheduler is given what guidance has made of the branches, and as guidance is linear, weights that are best for
     that are applied to each branch alike.
@@ -38,6 +39,7 @@ def record(pipe: DiffusionPipeline, call: dict[str, Any], seeds: Sequence[int], 
     Raises:
         InputError: the scheduler's steps are not linear, or it was stepped in another way than once a timestep.
     """
+    disable(pipe)
     total, images = torch.zeros(()), []
     for part, part_seeds in split(call, seeds, batch):
         with _outputs(pipe.scheduler) as outputs:

@@ -124,6 +124,13 @@ def test_the_prior_stays_out_where_it_does_not_hold() -> None:
     assert any("nothing is corrected" in note for note in speca.report(case.pipe).notes)
 
 
+def test_an_accelerated_pipeline_is_recorded_in_full() -> None:
+    case = tiny.flux()
+    plain = recorded(case).prior.moments
+    speca.enable(case.pipe, speedup=4)
+    assert (recorded(case).prior.moments == plain).all()
+
+
 def test_outputs_that_cannot_be_checked_are_refused() -> None:
     with pytest.raises(speca.ConfigError, match="cannot be checked"):
         speca.enable(tiny.flux().pipe, "paper", drafts="output")
