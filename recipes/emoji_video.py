@@ -3,9 +3,9 @@
     python recipes/emoji_video.py                                 # two CPU cores: some hours, marked "-small"
     python recipes/emoji_video.py --device cuda --size full       # tens of minutes of one large GPU
 
-Four stages, each resumable: an AutoencoderKLHunyuanVideo, the transformer with its text encoders, the distillation of
-guidance (see `flow.py`), and the export with scores. Shapes: clips (B, 3, 17, 64, 64) in [-1, 1]; latents
-(B, 8, 5, 8, 8) of unit mean square.
+Four stages, each resumable: an AutoencoderKLHunyuanVideo (see `clip_vae.py`), the transformer with its text encoders,
+the distillation of guidance (see `flow.py`), and the export with scores. Shapes: clips (B, 3, 17, 64, 64) in [-1, 1];
+latents (B, 8, 5, 8, 8) of unit mean square.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import typer
 from clip_data import DIRECTIONS, FRAMES, caption, direction, draw_clips, render, sprites
 from clip_text import CROP, llama, llama_ids
+from clip_vae import CONFIG, restoration, train_vae
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -28,13 +29,8 @@ from diffusers import (
 from emoji_data import SOURCES, STYLES, Dataset, load, sheet
 from flow import Batch, begin_as_identity, distil, noised, train_flow
 from torch import Tensor, nn
-from training import commit, console, fit, pick, training_table
+from training import commit, console, pick, training_table
 
-VAE_CONFIG: dict[str, Any] = dict(
-    latent_channels=8, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4,
-    mid_block_add_attention=False,
-)  # fmt: skip
-# Groups of several channels: with one channel a group the norm takes the colour away, and training fell apart.
 SIZES: dict[str, dict[str, Any]] = {
     "small": dict(num_layers=4, num_single_layers=8, num_attention_heads=4, attention_head_dim=32,
                   rope_axes_dim=(8, 12, 12)),
@@ -43,39 +39,12 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CALL = dict(height=64, width=64, num_frames=FRAMES, max_sequence_length=emoji_text.LENGTH)
 CLIP_LENGTH = 77  # the pipeline asks CLIP for so many tokens
-STILLS = 16  # single frames a step of the autoencoder
+PARTS = ("emoji-video-stills", "emoji-video-windows", "emoji-video-vae", "emoji-video", "emoji-video-guided")
+CHANNELS = CONFIG["latent_channels"]
 GUIDANCE = (1.0, 8.0)  # range the guidance input is trained on
 
 
 # ------------------------------------------------------------------------------------------------ parts
-def train_vae(data: Dataset, stills: int, steps: int, **how: Any) -> AutoencoderKLHunyuanVideo:
-    """The autoencoder: `stills` steps on single frames, which teach space cheaply, then `steps` on whole clips.
-
-    Clips go through the tiles in time that its encode and decode use at this length.
-    """
-    vae, device = AutoencoderKLHunyuanVideo(**VAE_CONFIG), how["device"]
-
-    def loss_of(x: Tensor, g: torch.Generator) -> Tensor:
-        posterior = vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=g).to(device)
-        restored = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).float().mean()
-        weight = 1 + 4 * (x < 0.9).any(1, keepdim=True)  # most of a frame is plain white
-        return (weight * ((restored - x).abs() + (restored - x) ** 2)).mean() + 1e-3 * kl
-
-    def still(g: torch.Generator) -> Tensor:
-        frame = int(torch.randint(FRAMES, (), generator=g))
-        clips = draw_clips(data, STILLS, g)
-        return loss_of(render(data, clips, slice(frame, frame + 1)).to(device), g)
-
-    def clip(g: torch.Generator) -> Tensor:
-        return loss_of(render(data, draw_clips(data, 1, g)).to(device), g)
-
-    fit("emoji-video-stills", vae, still, steps=stills, lr=1e-3, decay=0.99, **how)
-    fit("emoji-video-vae", vae, clip, steps=steps, lr=5e-4, decay=0.99, **how)
-    return vae
-
-
 @torch.no_grad()
 def encode(vae: AutoencoderKLHunyuanVideo, data: Dataset, count: int, work: Path, device: str) -> dict[str, Any]:
     """`count` training clips as posterior means and deviations (N, 8, 5, 8, 8), with what they show; kept in `work`."""
@@ -84,8 +53,8 @@ def encode(vae: AutoencoderKLHunyuanVideo, data: Dataset, count: int, work: Path
         return dict(kept)
     clips = draw_clips(data, count, torch.Generator().manual_seed(1))
     means, stds = [], []
-    for first in range(0, count, 20):
-        posterior = vae.encode(render(data, clips[first : first + 20]).to(device)).latent_dist
+    for first in range(0, count, 4):
+        posterior = vae.encode(render(data, clips[first : first + 4]).to(device)).latent_dist
         means.append(posterior.mean.cpu())
         stds.append(posterior.std.cpu())
     found = dict(clips=clips, mean=torch.cat(means), std=torch.cat(stds))
@@ -101,8 +70,9 @@ class Model(nn.Module):
         self.tokenizer, self.llama = llama(captions)
         self.tokenizer_2, self.clip = emoji_text.clip(captions, CLIP_LENGTH)
         self.transformer = HunyuanVideoTransformer3DModel(
-            in_channels=8, out_channels=8, patch_size=2, patch_size_t=1, num_refiner_layers=1, guidance_embeds=True,
-            text_embed_dim=emoji_text.WIDTH, pooled_projection_dim=emoji_text.WIDTH, **SIZES[size],
+            in_channels=CHANNELS, out_channels=CHANNELS, patch_size=2, patch_size_t=1, num_refiner_layers=1,
+            guidance_embeds=True, text_embed_dim=emoji_text.WIDTH, pooled_projection_dim=emoji_text.WIDTH,
+            **SIZES[size],
         )  # fmt: skip
         begin_as_identity(self.transformer)
 
@@ -206,8 +176,9 @@ def main(
     ),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     size: Annotated[str, typer.Option(help="small (two CPU cores) or full (a GPU).")] = "small",
-    stills: Annotated[int, typer.Option(help="Training steps of the autoencoder on single frames.", min=2)] = 600,
-    vae_steps: Annotated[int, typer.Option(help="Training steps of the autoencoder on clips.", min=2)] = 400,
+    stills: Annotated[int, typer.Option(help="Training steps of the autoencoder on single frames.", min=2)] = 1400,
+    windows: Annotated[int, typer.Option(help="Its training steps on pieces of clips.", min=2)] = 800,
+    vae_steps: Annotated[int, typer.Option(help="Its training steps on whole clips.", min=2)] = 160,
     steps: Annotated[int, typer.Option(help="Training steps of the transformer.", min=2)] = 2600,
     guided: Annotated[int, typer.Option(help="Steps of guidance distillation.", min=2)] = 300,
     clips: Annotated[int, typer.Option(help="Clips the transformer learns from.", min=2)] = 3000,
@@ -225,15 +196,11 @@ def main(
     how: dict[str, Any] = dict(work=work, device=device)
     mixed = device == "cuda"  # on a CPU the backward pass in bfloat16 is many times slower
 
-    vae = train_vae(data, stills, vae_steps, bf16=mixed, **how)
-    test = render(data, draw_clips(data, 20, torch.Generator().manual_seed(2))).to(device)
-    with torch.no_grad():
-        restored = vae.decode(vae.encode(test).latent_dist.mean).sample.clamp(-1, 1)
-    vae_psnr = float((10 * torch.log10(4 / (restored - test).pow(2).flatten(1).mean(1))).median())
+    vae = train_vae(data, stills, windows, vae_steps, bf16=mixed, **how)
+    vae_psnr = restoration(vae, data, device)
     found = encode(vae, data, clips, work, device)
     scale = float((found["mean"].pow(2).mean() + found["std"].pow(2).mean()).rsqrt())
     vae.register_to_config(scaling_factor=scale)
-    console.print(f"vae: median {vae_psnr:.2f} dB on fresh clips, scale {scale:.3f}")
 
     torch.manual_seed(1)
     model = Model(captions_of(data), size)
@@ -245,7 +212,7 @@ def main(
     assemble(model.cpu().half(), vae.cpu().half()).save_pretrained(out, safe_serialization=True)
     (out / "call.json").write_text(json.dumps(CALL) + "\n")
     pipe = HunyuanVideoPipeline.from_pretrained(out, dtype=torch.float32)
-    logs, table = training_table(work, "emoji-video-stills", "emoji-video-vae", "emoji-video", "emoji-video-guided")
+    logs, table = training_table(work, *PARTS)
     scores = score(pipe, data, scored, out) | dict(vae_psnr=round(vae_psnr, 2), size=size, training=logs)
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     (out / "README.md").write_text(model_card(scores, table, f"--size {size}, seed 0, batch {batch}, on {device}"))
