@@ -30,7 +30,8 @@ from speca.zoo import call_arguments, resolve
 PROMPTS = ("a red apple", "a smiling face", "a small house", "a blue car", "a cat", "a tree", "a star", "a boat")
 PERIOD = dict(controller="interval", warmup=3, final=1)
 VERIFIED = dict(preset="paper", forecaster="newton", order=1, threshold_decay=1.0, final=1)
-BARE: dict[str, Any] = dict(calibration=False)  # without the calibration that a bundled model brings
+BARE: dict[str, Any] = dict(prior="none")  # polynomials, and neither a measured prior nor the generic one
+UNMEASURED: dict[str, Any] = dict(calibration=False)  # as for a model that brings no calibration: the generic prior
 PLACED = "placed"
 """Stands for the prior's placement of `steps / speedup` full steps, to be played in other ways."""
 
@@ -54,6 +55,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "speedup 3, no prior": dict(speedup=3.0, **BARE),
     "speedup 5, no prior": dict(speedup=5.0, **BARE),
     "speedup 7, no prior": dict(speedup=7.0, **BARE),
+    "planned, 0.01, generic prior": dict(tolerance=0.01, **UNMEASURED),
+    "speedup 3, generic prior": dict(speedup=3.0, **UNMEASURED),
+    "speedup 5, generic prior": dict(speedup=5.0, **UNMEASURED),
+    "speedup 7, generic prior": dict(speedup=7.0, **UNMEASURED),
     "5x, even steps, polynomial": dict(speedup=5.0, schedule="even", **BARE),
     "5x, even steps, prior's weights": dict(speedup=5.0, schedule="even"),
     "5x, placed, polynomial": dict(speedup=5.0, schedule=PLACED, **BARE),

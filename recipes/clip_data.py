@@ -13,6 +13,7 @@ from emoji_data import Dataset
 from torch import Tensor
 
 FRAMES, SIDE = 17, 64
+LEAST_SIDE, MARGIN = 30, 2  # of a sprite, in pixels; what stays free at the edges
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OBJECTS = (
     "red apple", "green apple", "banana", "grapes", "watermelon", "strawberry", "cherries", "pineapple", "carrot",
@@ -42,21 +43,21 @@ def sprites(data: Dataset) -> Dataset:
 
 
 def draw_clips(data: Dataset, count: int, generator: torch.Generator) -> list[Clip]:
-    """`count` random clips: 24 to 28 px sprites that travel 22 to 34 px, with a still other coordinate."""
+    """`count` random clips: 30 to 34 px sprites that travel 18 to 26 px, with a still other coordinate."""
     clips, names = [], list(DIRECTIONS)
     steps = torch.linspace(0, 1, FRAMES)
     for _ in range(count):
         kind, sprite, side = (int(torch.randint(0, n, (), generator=generator)) for n in (4, len(data.emoji), 5))
-        room = SIDE - 24 - side
+        side += LEAST_SIDE
+        room = SIDE - side - 2 * MARGIN
         travel, begin, other = torch.rand(3, generator=generator).tolist()
-        length = 22 + travel * (min(34, room) - 22)
-        low = side / 2 + 12 + begin * (room - length)  # the centre keeps half a sprite off the edge
-        along = low + length * steps
-        across = torch.full_like(along, side / 2 + 12 + other * room)
+        length = 18 + 8 * travel
+        along = MARGIN + side / 2 + begin * (room - length) + length * steps
+        across = torch.full_like(along, MARGIN + side / 2 + other * room)
         dx, dy = DIRECTIONS[names[kind]]
         along = along if dx + dy > 0 else along.flip(0)
         path = torch.stack((along, across) if dx else (across, along), 1)
-        clips.append(Clip(sprite, names[kind], 24 + side, path))
+        clips.append(Clip(sprite, names[kind], side, path))
     return clips
 
 

@@ -4,7 +4,7 @@ Inflation (Carreira and Zisserman, arXiv:1705.07750), causal as in MAGVIT-v2 (ar
 learned in two dimensions become the last slice in time and the slices of earlier frames begin at zero, so that at first
 every frame is coded by itself. Most of what there is to learn is learned where a step costs a third.
 
-Shapes: frames (B, 3, 64, 64) and clips (B, 3, 17, 64, 64) in [-1, 1]; latents (B, 8, 5, 8, 8).
+Shapes: frames (B, 3, 64, 64) and clips (B, 3, 17, 64, 64) in [-1, 1]; latents (B, 16, 5, 8, 8).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from training import console, fit
 
 CONFIG: dict[str, Any] = dict(
-    latent_channels=8, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4,
+    latent_channels=16, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4,
     mid_block_add_attention=False,
 )  # fmt: skip
 # Groups of several channels: with one channel a group the norm takes the colour away, and training fell apart.

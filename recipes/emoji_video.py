@@ -5,7 +5,7 @@
 
 Four stages, each resumable: an AutoencoderKLHunyuanVideo (see `clip_vae.py`), the transformer with its text encoders,
 the distillation of guidance (see `flow.py`), and the export with scores. Shapes: clips (B, 3, 17, 64, 64) in [-1, 1];
-latents (B, 8, 5, 8, 8) of unit mean square.
+latents (B, 16, 5, 8, 8) of unit mean square.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ GUIDANCE = (1.0, 8.0)  # range the guidance input is trained on
 # ------------------------------------------------------------------------------------------------ parts
 @torch.no_grad()
 def encode(vae: AutoencoderKLHunyuanVideo, data: Dataset, count: int, work: Path, device: str) -> dict[str, Any]:
-    """`count` training clips as posterior means and deviations (N, 8, 5, 8, 8), with what they show; kept in `work`."""
+    """Posterior means and deviations (N, 16, 5, 8, 8) of `count` training clips, and what they show; kept in `work`."""
     path = work / "emoji-video-latents.pt"
     if path.exists() and len((kept := torch.load(path, weights_only=False))["clips"]) == count:
         return dict(kept)
@@ -83,7 +83,7 @@ class Model(nn.Module):
     def forward(
         self, latents: Tensor, sigma: Tensor, guidance: Tensor, clip_ids: Tensor, ids: Tensor, mask: Tensor
     ) -> Tensor:
-        """Velocity noise - data, (B, 8, 5, 8, 8), at `sigma` (B,), exactly as HunyuanVideoPipeline asks for it."""
+        """Velocity noise - data, (B, 16, 5, 8, 8), at `sigma` (B,), exactly as HunyuanVideoPipeline asks for it."""
         told = self.llama(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-3]
         out: Tensor = self.transformer(
             hidden_states=latents, timestep=1000 * sigma, guidance=1000 * guidance,
@@ -234,8 +234,8 @@ pipeline_tag: text-to-video
 
 Text to video in the shape of HunyuanVideo: an unmodified `HunyuanVideoPipeline` with double and single stream blocks,
 rectified flow, distilled guidance, Llama and CLIP text encoders with a vocabulary of their own, and an
-`AutoencoderKLHunyuanVideo` of 8 x 5 x 8 x 8 latents. It exists so that acceleration can be measured on trained weights;
-it says nothing about HunyuanVideo itself.
+`AutoencoderKLHunyuanVideo` of 16 x 5 x 8 x 8 latents. It exists so that acceleration can be measured on trained
+weights; it says nothing about HunyuanVideo itself.
 
     pipe = HunyuanVideoPipeline.from_pretrained("emoji-video")
     pipe("a red apple moving left", {call}).frames[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import clip_data
+import clip_vae
 import diffusers
 import emoji_flux
 import emoji_video
@@ -70,6 +71,18 @@ def test_emoji_flux(pictures: Dataset, tmp_path: Path, monkeypatch: pytest.Monke
     assert json.loads(found.stdout)["supported"], found.output
     emoji_flux.main(**how, vae_batch=2, text_steps=2, classifier_steps=2, scored=2)
     assert (tmp_path / "emoji-flux.log").read_text() == logged, "a finished stage was trained again"
+
+
+def test_an_inflated_autoencoder_codes_each_frame_as_the_image_autoencoder_does() -> None:
+    torch.manual_seed(0)
+    image = clip_vae.image_vae().eval()
+    video, frames = clip_vae.inflated(image).eval(), torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        latents = image.encode(frames).latent_dist.mean
+        torch.testing.assert_close(video.encode(frames[:, :, None]).latent_dist.mean[:, :, 0], latents)
+        torch.testing.assert_close(video.decode(latents[:, :, None]).sample[:, :, 0], image.decode(latents).sample)
+        still = frames[:1, :, None].expand(-1, -1, 5, -1, -1)
+        torch.testing.assert_close(video.encode(still).latent_dist.mean[:, :, 1], latents[:1], rtol=1e-3, atol=1e-3)
 
 
 def test_emoji_video(pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

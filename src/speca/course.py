@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 from .branch import Branch, Spent
 from .core.controller import Trajectory
 from .core.corrector import Transition
+from .core.generic import generic
 from .core.prior import Prior
 from .errors import NotEnabledError
 from .model.calls import Branches, Call, Clock
@@ -45,6 +46,7 @@ class Course:
         self.notes: list[str] = []
         self.models: list[str] = []
         self._transitions: tuple[tuple[Transition, ...], str] | None = None
+        self._prior: tuple[Prior | None] | None = None
         self.begin, self._peak, self._row_calls = 0, 0, 0
         self.names.reset()
         self.running, self._placed = True, False
@@ -73,10 +75,14 @@ class Course:
             self._transitions = found
         return self._transitions
 
-    def prior(self, prior: Prior) -> Prior:
-        """The prior as it is at the steps of this run; to be asked only where `transitions` are known."""
-        assert self._scheduler is not None
-        return prior.at(noise_axis(self._scheduler()))
+    def prior(self, measured: Prior | None, linear: Sequence[Transition]) -> Prior | None:
+        """What was measured as it is at the steps of this run, else the generic prior of the transitions `linear`;
+        found once a run, as timesteps on a device are slow to read."""
+        if self._prior is None:
+            assert self._scheduler is not None
+            noise = noise_axis(self._scheduler())
+            self._prior = (measured.at(noise) if measured is not None else generic(noise, tuple(linear)),)
+        return self._prior[0]
 
     def missed(self, step: int) -> None:
         """Begin branches anew that left out the step before `step`: their features are old and need not be kept."""

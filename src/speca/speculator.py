@@ -85,7 +85,7 @@ class Speculator:
         c, steps = self.config, tuple(transitions)
         if c.controller != "planned" or not (c.tolerance or c.speedup):
             return
-        found = cheapest(prior, steps, c.tolerance) if c.tolerance else None
+        found = cheapest(prior, steps, c.tolerance) if c.tolerance and self.prior is not None else None
         if c.speedup and (found is None or len(found.steps) > self.controller.budget(len(steps))):
             found = place(prior, steps, max(2, self.controller.budget(len(steps))))
         for trajectory in branch.trajectories:

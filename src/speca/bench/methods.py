@@ -183,7 +183,7 @@ def scheduled(corrector: bool) -> Apply:
     @contextmanager
     def apply(pipe: Any, call: Call, schedule: list[int]) -> Iterator[Setup]:
         settings = dict(controller="schedule", schedule=tuple(schedule), warmup=2, final=0, corrector=corrector)
-        with enabled(pipe, VERIFYING, calibration=False, **settings) as session:
+        with enabled(pipe, VERIFYING, prior="none", **settings) as session:
             yield Setup(pipe, call, session)
 
     return apply

@@ -42,8 +42,8 @@ def own_schedules(
         nonlocal first
         first = offset
 
-    config = SpecaConfig(controller="schedule", schedule=(0,), warmup=2, final=0, corrector=corrector)
-    with instead("schedule", Own), enabled(pipe, config, calibration=False) as session:
+    config = SpecaConfig(controller="schedule", schedule=(0,), warmup=2, final=0, corrector=corrector, prior="none")
+    with instead("schedule", Own), enabled(pipe, config) as session:
         yield Setup(pipe, call, session, begin)
 
 

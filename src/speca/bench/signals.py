@@ -101,8 +101,9 @@ def _run(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int], watch
         corrector=True,
         threshold=1e9,
         threshold_decay=1.0,
+        prior="none",
     )
-    with instead("schedule", Watched), enabled(pipe, config, calibration=False) as session:
+    with instead("schedule", Watched), enabled(pipe, config) as session:
         hooks = _watched(model, plain, taken, estimates) if watch else _unwatched()
         with hooks:
             made = run_once(pipe, call, list(seeds), session)

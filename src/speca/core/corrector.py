@@ -37,12 +37,14 @@ class Transition(NamedTuple):
         keep, move: `x' = keep * x + move * out`.
         pull: how much the output changes with the sample, `d out = pull * dx`, see `Corrector`.
         size: `n = p + q` of the path `x = p x_0 + q noise` at this step; the straight path is `x / n`.
+        signal: `p` of it.
     """
 
     keep: float
     move: float
     pull: float = 0.0
     size: float = 1.0
+    signal: float = 1.0
 
 
 class Draft(NamedTuple):

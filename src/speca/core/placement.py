@@ -77,7 +77,7 @@ def _improved(prior: Prior, transitions: tuple[Transition, ...], start: set[int]
 def with_placements(prior: Prior, transitions: tuple[Transition, ...]) -> Prior:
     """The prior with placements of up to half the steps, so that they need not be searched when it is used."""
     counts = range(LEAST, len(transitions) // 2 + 1)
-    return replace(prior, _known={}, placed={count: place(prior, transitions, count).steps for count in counts})
+    return replace(prior, placed={count: place(prior, transitions, count).steps for count in counts})
 
 
 def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float) -> Placement:

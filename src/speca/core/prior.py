@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,6 @@ class Prior:
     noise: tuple[float, ...]
     moments: Array
     placed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         steps = len(self.noise)
@@ -57,13 +57,7 @@ class Prior:
 
     def weights(self, nodes: Sequence[int], targets: Sequence[int]) -> Array:
         """The best weights (targets, nodes) for the outputs at steps `targets` of those at steps `nodes`."""
-        key = (tuple(nodes), tuple(targets))
-        if key not in self._known:
-            known = self.moments[np.ix_(nodes, nodes)].copy()
-            known[np.diag_indices(len(nodes))] *= 1 + NUGGET
-            self._known[key] = np.linalg.solve(known, self.moments[np.ix_(nodes, targets)]).T
-        found: Array = self._known[key]
-        return found
+        return _weights(self, tuple(nodes), tuple(targets))
 
     def rule(self, nodes: Sequence[float], targets: Sequence[float]) -> list[list[float]]:
         """`weights` for positions on the step axis, as plain numbers."""
@@ -76,14 +70,7 @@ class Prior:
         wanted = tuple(noise)
         if len(wanted) == len(self.noise) and np.allclose(wanted, self.noise, atol=1e-4):
             return self
-        if wanted not in self._known:
-            rising = np.array(self.noise[::-1])
-            units = np.eye(len(rising))[::-1]
-            mix = np.stack([np.interp(wanted, rising, unit) for unit in units.T], axis=1)
-            moments = mix @ self.moments @ mix.T
-            self._known[wanted] = Prior(wanted, (moments + moments.T) / 2)
-        found: Prior = self._known[wanted]
-        return found
+        return _taken(self, wanted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; of the moments the lower half, row by row, rounded to single precision."""
@@ -98,3 +85,20 @@ class Prior:
         for i, row in enumerate(values["moments"]):
             moments[i, : i + 1] = moments[: i + 1, i] = row
         return cls(tuple(values["noise"]), moments, {len(found): tuple(found) for found in values["placed"]})
+
+
+@lru_cache(maxsize=1 << 15)  # a search for placements asks for some ten thousand, most of them many times
+def _weights(prior: Prior, nodes: tuple[int, ...], targets: tuple[int, ...]) -> Array:
+    known = prior.moments[np.ix_(nodes, nodes)].copy()
+    known[np.diag_indices(len(nodes))] *= 1 + NUGGET
+    found: Array = np.linalg.solve(known, prior.moments[np.ix_(nodes, targets)]).T
+    return found
+
+
+@lru_cache(maxsize=64)  # the same object for the same steps, so that its placements are found once
+def _taken(prior: Prior, noise: tuple[float, ...]) -> Prior:
+    rising = np.array(prior.noise[::-1])
+    units = np.eye(len(rising))[::-1]
+    mix = np.stack([np.interp(noise, rising, unit) for unit in units.T], axis=1)
+    moments = mix @ prior.moments @ mix.T
+    return Prior(noise, (moments + moments.T) / 2)

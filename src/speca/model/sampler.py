@@ -48,9 +48,9 @@ def transitions(scheduler: Any, **given: Any) -> tuple[tuple[Transition, ...], s
         if not torch.isfinite(solution).all() or left.norm() > TOLERANCE * target.norm():
             return (), f"a step of {name} is not linear in its own sample and output alone"
         found.append(Transition(*solution.flatten().tolist()))
-    sizes = _path(scheduler)
-    path = zip(found, sizes, [*sizes[1:], 1.0], strict=True)
-    return tuple(_on_path(step, size, after) for step, size, after in path), ""
+    signals, sizes = _path(scheduler, 0.0), _path(scheduler, 1.0)
+    path = zip(found, signals, sizes, [*sizes[1:], 1.0], strict=True)
+    return tuple(_on_path(step, signal, size, after) for step, signal, size, after in path), ""
 
 
 def noise_axis(scheduler: Any) -> tuple[float, ...]:
@@ -59,20 +59,20 @@ def noise_axis(scheduler: Any) -> tuple[float, ...]:
     return tuple(float(t) / trained for t in scheduler.timesteps)
 
 
-def _on_path(step: Transition, size: float, after: float) -> Transition:
-    """The transition with its `pull`; none where a sampler, as that of LCM, does not follow its sample's path."""
+def _on_path(step: Transition, signal: float, size: float, after: float) -> Transition:
+    """The transition with its place on the path and its `pull`: none where a sampler, as LCM's, leaves the path."""
     pull = (after / size - step.keep) / step.move if abs(step.move) > STILL else 0.0
-    return step._replace(pull=pull if pull * step.move < 0 else 0.0, size=size)
+    return step._replace(pull=pull if pull * step.move < 0 else 0.0, size=size, signal=signal)
 
 
-def _path(scheduler: Any) -> list[float]:
-    """What signal and noise weigh together at each timestep: `n = p + q` of `x = p x_0 + q noise`; 1 if unknown."""
+def _path(scheduler: Any, noise: float) -> list[float]:
+    """`p + noise q` of the path `x = p x_0 + q noise` at each timestep; 1 if that is not known."""
     one, sizes = torch.ones(SHAPE), []
     for timestep in scheduler.timesteps:
         if hasattr(scheduler, "scale_noise"):  # of flows; the two methods take their arguments in another order
-            mixed = scheduler.scale_noise(one, timestep[None], one)
+            mixed = scheduler.scale_noise(one, timestep[None], noise * one)
         else:
-            mixed = scheduler.add_noise(one, one, timestep[None]) if hasattr(scheduler, "add_noise") else one
+            mixed = scheduler.add_noise(one, noise * one, timestep[None]) if hasattr(scheduler, "add_noise") else one
         sizes.append(float(mixed[0, 0, 0, 0]))
     return sizes
 
