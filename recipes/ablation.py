@@ -23,11 +23,10 @@ import speca
 from speca.calibration import Calibration
 from speca.compare import psnr, quantile
 from speca.core.placement import place
-from speca.measure import generate, joined, run_once, split
+from speca.measure import example_call, generate, joined, run_once, split
 from speca.model.sampler import noise_axis, transitions
 from speca.zoo import call_arguments, resolve
 
-PROMPTS = ("a red apple", "a smiling face", "a small house", "a blue car", "a cat", "a tree", "a star", "a boat")
 PERIOD = dict(controller="interval", warmup=3, final=1)
 VERIFIED = dict(preset="paper", forecaster="newton", order=1, threshold_decay=1.0, final=1)
 BARE: dict[str, Any] = dict(prior="none")  # polynomials, and neither a measured prior nor the generic one
@@ -89,10 +88,7 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     seeds = list(range(first, first + samples))
     call: dict[str, Any] = {**call_arguments(model), "num_inference_steps": steps}
-    if hasattr(pipe, "labels"):
-        call["class_labels"] = [s % len(pipe.labels) for s in seeds]
-    else:
-        call["prompt"] = [PROMPTS[s % len(PROMPTS)] for s in seeds]
+    call |= example_call(pipe, seeds)
     full = joined([run_once(pipe, *part, None) for part in split(call, seeds, batch)]).images
     rows = []
     for name, settings in track(SETTINGS.items(), description="settings"):

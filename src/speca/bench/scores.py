@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..measure import example_call
+from ..measure import example_call, makes_clips, moving_prompt
 from .pareto import SPEEDS
 
 NEAR = math.log(1.15)
@@ -34,13 +34,6 @@ PROMPTS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 """What emoji models are asked for, with the group that Unicode CLDR puts it in."""
 
-OBJECTS, WAYS = (
-    ("red apple", "sailboat", "dog face", "soccer ball", "airplane", "banana", "penguin", "automobile", "butterfly",
-     "rocket", "cat face"),
-    ("left", "right", "up", "down"),
-)  # fmt: skip
-"""What models of moving emoji are asked for; eleven and four have no common factor, so pairs come in turn."""
-
 
 def arguments(pipe: Any, seeds: Sequence[int], steps: int, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
     """Arguments of a call with one class or prompt a seed, the same for the same seed in every run.
@@ -49,14 +42,12 @@ def arguments(pipe: Any, seeds: Sequence[int], steps: int, sizes: dict[str, Any]
     """
     call = example_call(pipe, seeds)
     if "prompt" in call:
-        moving = hasattr(pipe.vae.config, "temporal_compression_ratio") or "num_frames" in (sizes or {})
-        call = {"prompt": [_prompt(seed, moving) for seed in seeds]}
+        moving = makes_clips(pipe) or "num_frames" in (sizes or {})
+        call = {"prompt": [moving_prompt(seed) if moving else _prompt(seed) for seed in seeds]}
     return {**call, **(sizes or {}), "num_inference_steps": steps}
 
 
-def _prompt(seed: int, moving: bool) -> str:
-    if moving:
-        return f"a {OBJECTS[seed % len(OBJECTS)]} moving {WAYS[seed % len(WAYS)]}"
+def _prompt(seed: int) -> str:
     return f"a {PROMPTS[seed % len(PROMPTS)][0]}"
 
 
