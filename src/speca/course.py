@@ -13,7 +13,7 @@ from .core.generic import generic
 from .core.prior import Prior
 from .errors import NotEnabledError
 from .model.calls import Branches, Call, Clock
-from .model.sampler import noise_axis, transitions
+from .model.sampler import noise_axis, step_arguments, transitions
 from .report import Report, SampleReport
 from .speculator import Speculator
 
@@ -69,7 +69,8 @@ class Course:
         """What the scheduler in use does at each of `total` steps, or nothing and the reason; found once a run."""
         if self._transitions is None:
             scheduler = self._scheduler() if self._scheduler else None
-            found = transitions(scheduler) if scheduler is not None else ((), "the scheduler is not known")
+            known = scheduler is not None
+            found = transitions(scheduler, **step_arguments()) if known else ((), "the scheduler is not known")
             if found[0] and len(found[0]) != total:
                 found = (), f"{type(scheduler).__name__} has {len(found[0])} timesteps for {total} steps"
             self._transitions = found

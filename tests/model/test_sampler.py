@@ -27,12 +27,23 @@ def test_flow_euler_is_the_difference_of_sigmas() -> None:
     assert all(abs(t.pull) < 1e-3 for t in found)
 
 
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler"])
+def test_a_scheduler_that_stands_somewhere_has_the_same_path(name: str) -> None:
+    scheduler = ready(name)
+    untouched, _ = transitions(scheduler)
+    scheduler.set_begin_index(0)
+    assert transitions(scheduler)[0] == untouched
+    scheduler.step(torch.ones(1, 4, 8, 8), scheduler.timesteps[0], torch.ones(1, 4, 8, 8))
+    assert transitions(scheduler)[0] == untouched
+    assert len({t.signal for t in untouched} | {t.size for t in untouched}) > len(untouched) // 2
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim_is_its_formula(eta: float) -> None:
     """Song et al., arXiv:2010.02502, equation 12."""
     scheduler = ready("DDIMScheduler", clip_sample=False, set_alpha_to_one=False)
     found, _ = transitions(scheduler, eta=eta)
-    for t, (keep, move, pull, size) in zip(scheduler.timesteps.tolist(), found, strict=True):
+    for t, (keep, move, pull, size, signal) in zip(scheduler.timesteps.tolist(), found, strict=True):
         before = max(t - scheduler.config.num_train_timesteps // 12, 0)
         now, then = scheduler.alphas_cumprod[t].item(), scheduler.alphas_cumprod[before].item()
         noise = eta * ((1 - then) / (1 - now) * (1 - now / then)) ** 0.5
@@ -40,6 +51,7 @@ def test_ddim_is_its_formula(eta: float) -> None:
         assert keep == pytest.approx(a, rel=1e-4)
         assert move == pytest.approx((1 - then - noise**2) ** 0.5 - a * (1 - now) ** 0.5, rel=1e-3, abs=1e-5)
         assert size == pytest.approx(now**0.5 + (1 - now) ** 0.5, rel=1e-5)
+        assert signal == pytest.approx(now**0.5, rel=1e-5)
         assert pull * move <= 0
 
 

@@ -8,7 +8,9 @@ import torch
 
 import speca
 import tiny
+from pipelines.cases import RECIPES
 from speca.model import sampler
+from speca.run import ATTRIBUTE
 
 SEEDS = [3, 8, 5]
 
@@ -153,3 +155,16 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         speca.enable(pipe, speedup=0.5)
     with pytest.raises(speca.ConfigError, match="whole numbers"):
         speca.enable(pipe, controller="schedule", schedule=(0, -1))
+
+
+def test_the_noise_that_a_pipeline_tells_its_sampler_to_add_is_heeded() -> None:
+    case = RECIPES["pixart-sigma"].build()
+    case.pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    speca.enable(case.pipe, tolerance=0.05)
+    found = {}
+    for eta in (0.0, 0.7):
+        case([3], steps=12, eta=eta)
+        course = case.transformer.__dict__[ATTRIBUTE].last
+        found[eta] = course.transitions(12)[0]
+        assert found[eta] == sampler.transitions(case.pipe.scheduler, eta=eta)[0]
+    assert found[0.0] != found[0.7]

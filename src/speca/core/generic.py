@@ -21,7 +21,7 @@ from functools import lru_cache
 import numpy as np
 
 from .corrector import Transition
-from .prior import Prior
+from .prior import Array, Prior
 
 VARIANCES = np.geomspace(0.015, 2.0, 12)
 """Of the data's components, of equal weight; latents have a variance of about 1 in all."""
@@ -38,23 +38,34 @@ def generic(noise: tuple[float, ...], transitions: tuple[Transition, ...]) -> Pr
     p, q = _path(transitions)
     if (q <= 0).any() or (p < 0).any():
         return None
+    return Prior(noise, moments(transitions))
+
+
+def moments(
+    transitions: Sequence[Transition],
+    variances: Array = VARIANCES,
+    process: Sequence[tuple[float, float]] = PROCESS,
+) -> Array:
+    """The second moments (T, T) of outputs under the assumptions above."""
+    p, q = _path(transitions)
     of_noise, of_data = _made_of(transitions, p, q)
-    s = np.sqrt(p[:, None] ** 2 * VARIANCES + q[:, None] ** 2)
-    gaussian = (of_noise[:, None] * q[:, None] + of_data[:, None] * p[:, None] * VARIANCES) / s
+    s = np.sqrt(p[:, None] ** 2 * variances + q[:, None] ** 2)
+    gaussian = (of_noise[:, None] * q[:, None] + of_data[:, None] * p[:, None] * variances) / s
     where = np.log(q / np.maximum(p, LEAST_SIGNAL))
     apart = (where[:, None] - where) ** 2
     moved = (of_data * q - of_noise * p) / (p + q)
-    process = sum(a * np.exp(-apart / (2 * length**2)) for a, length in PROCESS)
-    moments = gaussian @ gaussian.T / len(VARIANCES) + moved[:, None] * process * moved
-    return Prior(noise, (moments + moments.T) / 2)
+    kernel = sum((a * np.exp(-apart / (2 * length**2)) for a, length in process), np.zeros_like(apart))
+    found: Array = gaussian @ gaussian.T / len(variances) + moved[:, None] * kernel * moved
+    found += found.T.copy()
+    return found / 2
 
 
-def _path(transitions: Sequence[Transition]) -> tuple[np.ndarray, np.ndarray]:
+def _path(transitions: Sequence[Transition]) -> tuple[Array, Array]:
     p = np.array([t.signal for t in transitions])
     return p, np.array([t.size for t in transitions]) - p
 
 
-def _made_of(transitions: Sequence[Transition], p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _made_of(transitions: Sequence[Transition], p: Array, q: Array) -> tuple[Array, Array]:
     """`A` and `B` of each step; a step that hardly moves the sample takes those of the step before it."""
     after = np.append(p[1:], 1.0), np.append(q[1:], 0.0)
     keep = np.array([t.keep for t in transitions])

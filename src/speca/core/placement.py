@@ -92,14 +92,16 @@ def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float
     return place(prior, transitions, many)
 
 
-def expected(prior: Prior, transitions: Sequence[Transition], full: set[int]) -> float:
+def expected(prior: Prior, transitions: Sequence[Transition], full: set[int], truth: Array | None = None) -> float:
     """What the sample is expected to be off by in a run with the `full` steps: root mean square per element.
+
+    The weights are the prior's, the moments (T, T) its own or those of `truth`.
 
     Mean squares of the end, and of where outputs are computed, in units of the straight path, are added. The latter
     are put right by the corrector and do not count in first order; but outputs answer to them, which moments cannot
     show (measured, docs/LOG.md).
     """
-    total, moments = len(transitions), prior.moments
+    total, moments = len(transitions), prior.moments if truth is None else truth
     off = np.zeros(total)  # what the sample is off by, as coefficients of the outputs
     met = 0.0  # mean squares of what the sample is off by where outputs are computed
     drift, drafts = np.zeros(total), list[int]()

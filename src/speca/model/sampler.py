@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from ..core.corrector import Transition
 
 SHAPE = (1, 4, 8, 8)
+MAX_FRAMES = 40
 STILL = 1e-6  # a step that moves a sample by less per unit of output, as the last of some schedules, only keeps it
 TOLERANCE = 1e-4  # of what is left unexplained, relative; schedulers compute in fp32
 
@@ -47,10 +50,28 @@ def transitions(scheduler: Any, **given: Any) -> tuple[tuple[Transition, ...], s
         left = (columns @ solution).squeeze(1) - target
         if not torch.isfinite(solution).all() or left.norm() > TOLERANCE * target.norm():
             return (), f"a step of {name} is not linear in its own sample and output alone"
-        found.append(Transition(*solution.flatten().tolist()))
+        # Rounded, so that what is found for a sampler, such as placements, is found once: threads sum in any order.
+        found.append(Transition(*(round(v, 9) for v in solution.flatten().tolist())))
     signals, sizes = _path(scheduler, 0.0), _path(scheduler, 1.0)
     path = zip(found, signals, sizes, [*sizes[1:], 1.0], strict=True)
     return tuple(_on_path(step, signal, size, after) for step, signal, size, after in path), ""
+
+
+def step_arguments() -> dict[str, Any]:
+    """What the pipeline that is calling gives its scheduler's `step` besides, such as `eta`; empty if that is unknown.
+
+    Pipelines of diffusers keep it in a local called `extra_step_kwargs`, which is looked up on the stack as a debugger
+    would: no object they hand out has it.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(MAX_FRAMES):
+        if frame is None:
+            break
+        if "extra_step_kwargs" in frame.f_code.co_varnames:
+            given = frame.f_locals.get("extra_step_kwargs")
+            return {n: v for n, v in given.items() if n != "generator"} if isinstance(given, dict) else {}
+        frame = frame.f_back
+    return {}
 
 
 def noise_axis(scheduler: Any) -> tuple[float, ...]:
@@ -62,12 +83,12 @@ def noise_axis(scheduler: Any) -> tuple[float, ...]:
 def _on_path(step: Transition, signal: float, size: float, after: float) -> Transition:
     """The transition with its place on the path and its `pull`: none where a sampler, as LCM's, leaves the path."""
     pull = (after / size - step.keep) / step.move if abs(step.move) > STILL else 0.0
-    return step._replace(pull=pull if pull * step.move < 0 else 0.0, size=size, signal=signal)
+    return step._replace(pull=round(pull, 6) if pull * step.move < 0 else 0.0, size=size, signal=signal)
 
 
 def _path(scheduler: Any, noise: float) -> list[float]:
     """`p + noise q` of the path `x = p x_0 + q noise` at each timestep; 1 if that is not known."""
-    one, sizes = torch.ones(SHAPE), []
+    scheduler, one, sizes = _fresh(scheduler), torch.ones(SHAPE), []
     for timestep in scheduler.timesteps:
         if hasattr(scheduler, "scale_noise"):  # of flows; the two methods take their arguments in another order
             mixed = scheduler.scale_noise(one, timestep[None], noise * one)
@@ -77,12 +98,18 @@ def _path(scheduler: Any, noise: float) -> list[float]:
     return sizes
 
 
-def _trace(scheduler: Any, numbers: torch.Generator, given: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Sample, output and next sample at each timestep; samples are drawn anew, the noise is the same in each trace."""
+def _fresh(scheduler: Any) -> Any:
+    """A copy that has not been stepped: one that has takes every timestep for the one it stands at."""
     trial = copy.deepcopy(scheduler)
     for index in ("_step_index", "_begin_index"):
         if hasattr(trial, index):
             setattr(trial, index, None)
+    return trial
+
+
+def _trace(scheduler: Any, numbers: torch.Generator, given: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Sample, output and next sample at each timestep; samples are drawn anew, the noise is the same in each trace."""
+    trial = _fresh(scheduler)
     parameters = inspect.signature(trial.step).parameters
     options = {n: v for n, v in given.items() if n in parameters}
     if "generator" in parameters:

@@ -1,4 +1,4 @@
-"""The invariants and the presets on the bundled text-to-image model."""
+"""The invariants and the presets on the bundled models that are told in words what to make."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ from speca.config import PRESETS
 
 SEEDS = [11, 12, 13]
 STEPS = 16
-PROMPTS = ("a red apple", "grinning face", "blue heart", "bicycle")
+PROMPTS = {
+    "emoji-flux": ("a red apple", "grinning face", "blue heart", "bicycle"),
+    "emoji-video": ("a red apple moving left", "a banana moving up", "a penguin moving right", "a bus moving down"),
+}
 
 
-@pytest.fixture(scope="module")
-def emoji() -> tiny.Case:
-    pipe = zoo.load("emoji-flux")
+def case(model: str) -> tiny.Case:
+    pipe = zoo.load(model)
     pipe.set_progress_bar_config(disable=True)
-    call = {**zoo.call_arguments("emoji-flux"), "output_type": "np"}
-    return tiny.Case(pipe, call, lambda seeds: dict(prompt=[PROMPTS[s % len(PROMPTS)] for s in seeds]))
+    call, prompts = {**zoo.call_arguments(model), "output_type": "np"}, PROMPTS[model]
+    return tiny.Case(pipe, call, lambda seeds: dict(prompt=[prompts[s % len(prompts)] for s in seeds]))
+
+
+@pytest.fixture(scope="module", params=list(PROMPTS))
+def emoji(request: pytest.FixtureRequest) -> tiny.Case:
+    return case(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +67,24 @@ def test_every_preset_saves_and_stays_close(emoji: tiny.Case, preset: str) -> No
         assert psnr(images, plain).min() > 25
 
 
-def test_pictures_are_of_what_was_asked(emoji: tiny.Case) -> None:
+def test_pictures_are_of_what_was_asked() -> None:
     """An apple is red and a heart blue: the mean colour of what is not background."""
-    apple, face, heart, _ = emoji([0, 1, 2, 3], steps=STEPS)
+    apple, face, heart, _ = case("emoji-flux")([0, 1, 2, 3], steps=STEPS)
     ink = [(x[x.min(dim=-1).values < 0.8]).mean(0).tolist() for x in (apple, face, heart)]
     assert ink[0][0] > 1.3 * max(ink[0][1:]), "red"
     assert min(ink[1][:2]) > 1.3 * ink[1][2], "yellow"
     assert ink[2][2] > 1.3 * ink[2][0], "blue"
+
+
+def test_clips_move_as_asked_and_show_what_was_asked() -> None:
+    """An apple is red, a banana yellow; ink goes left, up, right and down."""
+    clips = case("emoji-video")([0, 1, 2, 3], steps=STEPS)  # (N, frames, H, W, C)
+    ink = (1 - clips).mean(-1).clamp_min(0.1) - 0.1
+    grid = torch.arange(64.0)
+    across, down = (((ink.sum(axis) * grid).sum(-1) / ink.sum((2, 3))) for axis in (2, 3))
+    moved = torch.stack([across[:, -1] - across[:, 0], down[:, -1] - down[:, 0]], 1)
+    assert moved.abs().argmax(1).tolist() == [0, 1, 0, 1]
+    assert torch.sign(moved[range(4), [0, 1, 0, 1]]).tolist() == [-1, -1, 1, 1]
+    apple, banana = [x[x.min(dim=-1).values < 0.6].mean(0).tolist() for x in clips[:2]]
+    assert apple[0] > 1.5 * max(apple[1:]), "red"
+    assert min(banana[:2]) > 1.3 * banana[2], "yellow"
