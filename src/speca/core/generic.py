@@ -10,7 +10,7 @@ process, stationary in log q/p, slow for the most part and with a small fast par
 
 What an output is made of, `A n + B x_0`, is read off the sampler: `keep (p x_0 + q n) + move (A n + B x_0)` has to be
 `p' x_0 + q' n`. So nothing has to be told about a model, whether it predicts noise or velocity.
-The five numbers were fitted once to two models measured, a flow and a DDIM, and tried on a third (docs/LOG.md).
+The six numbers were fitted once to two models measured, a flow and a DDIM, and tried on a third (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def generic(noise: tuple[float, ...], transitions: tuple[Transition, ...]) -> Pr
     p, q = _path(transitions)
     if (q <= 0).any() or (p < 0).any():
         return None
-    return Prior(noise, moments(transitions))
+    found = moments(transitions)
+    told = np.isfinite(found).all() and (np.diag(found) > 0).all()  # not where a sampler leaves its path
+    return Prior(noise, found) if told else None
 
 
 def moments(
