@@ -25,17 +25,15 @@ import typer
 import speca
 from speca import zoo
 from speca.engine import Engine
-from speca.measure import hardware
+from speca.measure import example_call, hardware
 
 BEGIN, END = "<!-- engine:begin -->", "<!-- engine:end -->"
-PROMPTS = ["a red apple", "two cats", "a sailing boat", "the sun", "a green tree"]
 
 
 def asked(pipe: Any, model: str, count: int) -> list[dict[str, Any]]:
     """Requests that differ in seed, steps and condition."""
     base = {**zoo.call_arguments(model), "output_type": "np"}
-    labelled = hasattr(pipe, "labels")
-    given = [dict(class_labels=[n % 10]) if labelled else dict(prompt=PROMPTS[n % len(PROMPTS)]) for n in range(count)]
+    given = [example_call(pipe, [n]) for n in range(count)]
     return [{**base, **g, "num_inference_steps": 20 + n % 3 * 10, "generator_seed": n} for n, g in enumerate(given)]
 
 
@@ -85,7 +83,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(
-    models: Annotated[str, typer.Option(help="Bundled names.")] = "fashion-dit,emoji-flux",
+    models: Annotated[str, typer.Option(help="Bundled names.")] = "fashion-dit,emoji-flux,emoji-video",
     count: Annotated[int, typer.Option(help="Requests.")] = 64,
     max_batch: Annotated[int, typer.Option(help="Most rows of one forward.")] = 16,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; times are medians.")] = 2,
