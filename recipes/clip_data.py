@@ -25,6 +25,14 @@ OBJECTS = (
     "rose", "sunflower", "cactus", "evergreen tree", "heavy black heart", "white medium star", "robot face", "ghost",
 )  # fmt: skip
 
+KNOWN = (
+    "red apple", "green apple", "banana", "grapes", "strawberry", "pineapple", "carrot", "lemon", "hamburger",
+    "dog face", "cat face", "rabbit face", "fox face", "panda face", "pig face", "frog face", "penguin", "octopus",
+    "butterfly", "rocket", "automobile", "bus", "sailboat", "airplane", "soccer ball", "evergreen tree", "cactus",
+    "heavy black heart", "white medium star", "robot face", "ghost",
+)  # fmt: skip
+"""What a small model can learn to draw; it is told these last, in one style."""
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -39,6 +47,12 @@ class Clip:
 def sprites(data: Dataset) -> Dataset:
     """The pictures of the well-known objects, in every style there is."""
     keep = [i for i, e in enumerate(data.emoji) if e.names[0] in OBJECTS]
+    return Dataset([data.emoji[i] for i in keep], data.pixels[keep])
+
+
+def known(data: Dataset, style: str) -> Dataset:
+    """Of the pictures of `sprites`, those of `KNOWN` objects in one style."""
+    keep = [i for i, e in enumerate(data.emoji) if e.names[0] in KNOWN and e.style == style]
     return Dataset([data.emoji[i] for i in keep], data.pixels[keep])
 
 
