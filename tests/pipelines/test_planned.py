@@ -59,7 +59,7 @@ def test_budget_holds_for_every_sample(case: tiny.Case) -> None:
 
 def test_a_correction_is_what_changes_the_picture(case: tiny.Case) -> None:
     """With the same steps in full, the corrector alone makes the difference, and it is kept in memory."""
-    fixed = dict(controller="schedule", schedule=(0, 1, 4, 8), warmup=2, final=0)
+    fixed = dict(controller="schedule", schedule=(0, 1, 4, 8), warmup=2, final=0, prior="none")
     speca.enable(case.pipe, **fixed, corrector=False)
     without = case(SEEDS)
     held = speca.report(case.pipe).bytes_per_sample
@@ -104,7 +104,9 @@ def test_a_velocity_that_is_quadratic_in_time_is_integrated_exactly(monkeypatch:
 
     model = Model().eval()
     plain = loop(model)
-    settings = dict(scheduler=scheduler, controller="schedule", schedule=(0, 1, 4, 8, 11), warmup=2, final=0)
+    settings = dict(
+        scheduler=scheduler, controller="schedule", schedule=(0, 1, 4, 8, 11), warmup=2, final=0, prior="none"
+    )
     gaps = []
     for corrector in (False, True):
         speca.enable(model, **settings, axis="noise", corrector=corrector)
