@@ -48,8 +48,8 @@ class SpecaConfig:
         drafts: what a draft forecasts: "features", what enters the verify block, which can be checked and goes through
             the model's own head; "output", the model's output, which costs nothing of the model and cannot be checked;
             "auto", the output where a prior is at hand. Outputs need a linear sampler, else features are forecast.
-        prior: what is taken to be known of a run beforehand, where the sampler is linear (`core/prior.py`): "auto",
-            what was measured of the model, else the generic prior; "measured" that or nothing; "none" nothing, so that
+        prior: what is taken to be known of a run beforehand, where the sampler is linear (`core/prior.py`): "measured",
+            what was measured of the model, if anything; "auto" that, else the generic prior; "none" nothing, so that
             forecasts and corrections are polynomials, and full steps come as their errors or an even share say.
         history_dtype: storage of kept features: "model" (as computed), "float32", "bfloat16" or "float16".
     """
@@ -73,7 +73,7 @@ class SpecaConfig:
     speedup: float = 0.0
     schedule: tuple[int, ...] = ()
     drafts: Literal["auto", "features", "output"] = "auto"
-    prior: Literal["auto", "measured", "none"] = "auto"
+    prior: Literal["measured", "auto", "none"] = "measured"
     history_dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
 
     def __post_init__(self) -> None:

@@ -48,7 +48,7 @@ def enable(
         num_inference_steps: for a bare transformer without scheduler, the number of steps, at least 4.
         calibration: what `speca.calibrate` found, its file, or a `Prior` alone. It gives the prior and, for a preset
             without `tolerance` or `speedup`, the tolerance. By default the one in the folder that the
-            pipeline came from, `speca.json`, if it is there and fits; False: none, which leaves the generic prior.
+            pipeline came from, `speca.json`, if it is there and fits; False: none.
         **overrides: any field of `SpecaConfig`.
 
     Raises:

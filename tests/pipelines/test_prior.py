@@ -160,7 +160,7 @@ def test_a_model_brings_its_calibration(tmp_path: Path) -> None:
     assert tolerance() == speca.PRESETS["balanced"].tolerance  # of another scheduler, so it is left alone
 
 
-def test_a_budget_of_an_unmeasured_model_is_placed_by_the_generic_prior() -> None:
+def test_a_budget_of_an_unmeasured_model_can_be_placed_by_the_generic_prior() -> None:
     case, found = tiny.flux(), {}
     for prior in ("auto", "measured", "none"):
         speca.enable(case.pipe, speedup=4, prior=prior)
@@ -170,6 +170,6 @@ def test_a_budget_of_an_unmeasured_model_is_placed_by_the_generic_prior() -> Non
     assert found["auto"][1][0] == found["auto"][1][1] != found["none"][1][0]
     assert found["auto"][2] < found["none"][2], "outputs are smaller than features"
     assert torch.equal(found["measured"][0], found["none"][0]), "nothing was measured"
-    speca.enable(case.pipe, tolerance=0.02)
+    speca.enable(case.pipe, tolerance=0.02, prior="auto")
     case([3, 8], steps=STEPS)
     assert 2 < decisions(case)[0].count("F") < STEPS, "a tolerance is kept by the corrections of each sample"

@@ -162,16 +162,16 @@ VERIFYING = SpecaConfig(threshold_decay=1.0, min_draft=1, max_draft=8)
 """The paper's rule with order-1 drafts, which beat its own settings on the bundled models (docs/LOG.md)."""
 
 
-def speca_with(knob: str, base: str | SpecaConfig = VERIFYING, prepared: bool = True, **fixed: Any) -> Apply:
+def speca_with(knob: str, base: str | SpecaConfig = VERIFYING, measured: bool = True, **fixed: Any) -> Apply:
     """`speca` with the field `knob` set to the value; knob "preset" takes the name of one.
 
-    Unless `prepared`, without the calibration that a model may bring along.
+    Unless `measured`, without the calibration that a model may bring along.
     """
 
     @contextmanager
     def apply(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:
         chosen = value if knob == "preset" else SpecaConfig.build(base, **{**fixed, knob: value})
-        with enabled(pipe, chosen, calibration=None if prepared else False) as session:
+        with enabled(pipe, chosen, calibration=None if measured else False) as session:
             yield Setup(pipe, call, session)
 
     return apply
