@@ -260,7 +260,8 @@ weights; it says nothing about HunyuanVideo itself.
 ![24 clips, every fourth frame; what was asked stands in samples.txt](samples.png)
 ![16 clips](samples.webp)
 
-{SOURCES} Here some sixty well-known objects cross a white frame to the left, to the right, up or down.
+{SOURCES}
+  Here some sixty well-known objects cross a white frame to the left, to the right, up or down.
 - **Weights**: CC-BY 4.0, float16 safetensors.
 - **Training**: `python recipes/emoji_video.py` ({how}, commit {commit()}):
 
