@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +36,19 @@ def test_everything_mixed_equals_one_at_a_time(name: str, mode: str) -> None:
     assert "A" in drawn and "F" in drawn
     assert found["lanes"]["full"]["rows_a_batch"] > 1.2, "nothing was put together"
     assert found["reads"] <= found["ticks"]
+
+
+def test_no_forward_records_gradients() -> None:
+    """Prompts of unequal length, so that the test of whether they may be mixed runs too."""
+    pipe = mix("emoji-video").pipe
+    seen: set[bool] = set()
+    block = pipe.transformer.transformer_blocks[0]
+    handle = block.register_forward_pre_hook(lambda *_: seen.add(torch.is_grad_enabled()))
+    try:
+        mix("emoji-video").demand_same(list(range(6)), max_batch=6)
+    finally:
+        handle.remove()
+    assert seen == {False}
 
 
 @pytest.mark.parametrize("name", ["tiny-dit", "flux"])

@@ -229,7 +229,7 @@ class Hub:
         live.kind = "draft" if question.mode.drafts else "redone" if inputs == live.drafted else "full"
         live.drafted = inputs if question.mode is Mode.CHECKED else ()
         planning = time.perf_counter()
-        bucket = self.packer.bucket(question)
+        bucket = self._within(ambient, lambda: self.packer.bucket(question))  # which may try the model
         lane = Lane.DRAFT if question.mode.drafts else Lane.FULL
         named = ("alone", index) if bucket is None else (ambient, bucket)
         self.scheduler.post(index, lane, named, rows=question.rows, step=position.index)
@@ -282,12 +282,16 @@ class Hub:
                 self._go(index, lambda i=index, a=(answer, share): self.meet.answer(i, a))  # type: ignore[misc]
 
     def _answers(self, questions: Sequence[Any], ambient: Ambient) -> list[Any]:
+        if isinstance(questions[0], Plain):
+            return [self._within(ambient, questions[0].forward)]
+        return list(self._within(ambient, lambda: self.packer.run(questions)))
+
+    def _within(self, ambient: Ambient, what: Callable[[], Any]) -> Any:
+        """Do it in the surroundings of who has asked: gradients, autocast."""
         here = Ambient.here(self.meet.devices)
         ambient.restore()
         try:
-            if isinstance(questions[0], Plain):
-                return [questions[0].forward()]
-            return list(self.packer.run(questions))
+            return what()
         finally:
             here.restore()
 
