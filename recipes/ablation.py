@@ -94,16 +94,15 @@ def main(
     for name, settings in track(SETTINGS.items(), description="settings"):
         made = generate(pipe, call, seeds, batch=batch, **_how(pipe, settings, steps))
         assert made.report is not None
-        spent = [s.full + s.rejected for s in made.report.samples]
-        values = psnr(made.images, full).tolist()
-        rows.append(
-            dict(name=name, flops_speedup=made.report.flops_speedup, full_steps=spent, psnr=values)
-            | {k: quantile(values, q) for k, q in (("median", 0.5), ("p5", 0.05), ("worst", 0.0))}
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    place = out / f"ablation-{Path(model).name}.json"
-    place.write_text(json.dumps(dict(model=model, seeds=seeds, steps=steps, rows=rows)) + "\n")
-    show(rows)
+        rows.append(row_of(name, made.report, psnr(made.images, full).tolist()))
+    show(rows, out / f"ablation-{Path(model).name}.json", model=model, seeds=seeds, steps=steps)
+
+
+def row_of(name: str, report: speca.Report, values: list[float]) -> dict[str, Any]:
+    """What a setting cost, and the PSNR of each sample."""
+    spent = [s.full + s.rejected for s in report.samples]
+    quality = {k: quantile(values, q) for k, q in (("median", 0.5), ("p5", 0.05), ("worst", 0.0))}
+    return dict(name=name, flops_speedup=report.flops_speedup, full_steps=spent, psnr=values) | quality
 
 
 def _how(pipe: Any, settings: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -130,8 +129,10 @@ def _placed(pipe: Any, count: int) -> tuple[int, ...]:
     return place(found.prior.at(noise_axis(pipe.scheduler)), linear, count).steps
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """The table on the terminal."""
+def show(rows: list[dict[str, Any]], place: Path, **about: Any) -> None:
+    """The table on the terminal, and the rows as JSON in `place`."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(dict(**about, rows=rows)) + "\n")
     table = Table("setting", "FLOPs", "full steps", "median dB", "P5", "worst")
     for r in rows:
         spent = r["full_steps"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from emoji_data import Dataset
+from emoji_data import Dataset, Emoji
 from torch import Tensor
 
 FRAMES, SIDE = 17, 64
@@ -50,9 +50,14 @@ def sprites(data: Dataset) -> Dataset:
     return Dataset([data.emoji[i] for i in keep], data.pixels[keep])
 
 
+def is_known(emoji: Emoji, style: str) -> bool:
+    """Whether it is the picture of a `KNOWN` object in this style."""
+    return emoji.names[0] in KNOWN and emoji.style == style
+
+
 def known(data: Dataset, style: str) -> Dataset:
     """Of the pictures of `sprites`, those of `KNOWN` objects in one style."""
-    keep = [i for i, e in enumerate(data.emoji) if e.names[0] in KNOWN and e.style == style]
+    keep = [i for i, e in enumerate(data.emoji) if is_known(e, style)]
     return Dataset([data.emoji[i] for i in keep], data.pixels[keep])
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import emoji_text
 import torch
 import typer
-from clip_data import DIRECTIONS, FRAMES, caption, direction, draw_clips, known, render, sprites
+from clip_data import DIRECTIONS, FRAMES, caption, direction, draw_clips, is_known, known, render, sprites
 from clip_text import CROP, llama, llama_ids
 from clip_vae import CONFIG, restoration, train_vae
 from diffusers import (
@@ -33,7 +33,7 @@ from training import commit, console, pick, training_table
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": dict(num_layers=4, num_single_layers=8, num_attention_heads=3, attention_head_dim=32, mlp_ratio=2.5,
-                  rope_axes_dim=(8, 12, 12)),  # so small that all bundled weights together stay within 60 MiB
+                  rope_axes_dim=(8, 12, 12)),  # small, as all bundled weights together come to 60 MiB
     "full": dict(num_layers=4, num_single_layers=12, num_attention_heads=6, attention_head_dim=32,
                  rope_axes_dim=(8, 12, 12)),
 }  # fmt: skip
@@ -66,9 +66,7 @@ def encode(vae: AutoencoderKLHunyuanVideo, data: Dataset, count: int, work: Path
 
 def of_known(data: Dataset, found: dict[str, Any]) -> dict[str, Any]:
     """The encoded clips of known objects in one style."""
-    sprites_of = {id(e) for e in known(data, STYLE).emoji}
-    keep = [i for i, clip in enumerate(found["clips"]) if id(data.emoji[clip.sprite]) in sprites_of]
-    keep = keep or list(range(len(found["clips"])))
+    keep = [i for i, clip in enumerate(found["clips"]) if is_known(data.emoji[clip.sprite], STYLE)]
     return dict(clips=[found["clips"][i] for i in keep], mean=found["mean"][keep], std=found["std"][keep])
 
 
@@ -226,8 +224,7 @@ def main(
     assemble(model.cpu().half(), vae.cpu().half()).save_pretrained(out, safe_serialization=True)
     (out / "call.json").write_text(json.dumps(CALL) + "\n")
     pipe = HunyuanVideoPipeline.from_pretrained(out, dtype=torch.float32)
-    parts = [part for part in PARTS if (work / f"{part}.log").is_file()]
-    logs, table = training_table(work, *parts)
+    logs, table = training_table(work, *(part for part in PARTS if size == "small" or part != "emoji-video-known"))
     drawn = known(data, STYLE) if size == "small" else data
     scores = score(pipe, drawn, scored, out) | dict(vae_psnr=round(vae_psnr, 2), size=size, training=logs)
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")

@@ -11,15 +11,13 @@ loop's own without acceleration.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from ablation import row_of, show
 from torch import Tensor
 
 import speca
@@ -27,7 +25,7 @@ from speca.bench.methods import scheduled
 from speca.bench.recording import Ground, anneal, uniform_schedule
 from speca.bench.search import search
 from speca.calibration import Calibration
-from speca.compare import psnr, quantile
+from speca.compare import psnr
 from speca.measure import example_call
 from speca.zoo import call_arguments, load
 
@@ -109,16 +107,8 @@ def main(
         speca.enable(pipe.transformer, scheduler=pipe.scheduler, num_inference_steps=steps, **how)
         values, report = psnr(loop(), plain).tolist(), speca.report(pipe.transformer)
         speca.disable(pipe.transformer)
-        spent = [s.full + s.rejected for s in report.samples]
-        rows.append(dict(name=name, full_steps=spent, psnr=values, flops_speedup=report.flops_speedup))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"own-loop-{MODEL}.json").write_text(json.dumps(dict(seeds=seeds, steps=steps, rows=rows)) + "\n")
-    table = Table("setting", "full steps", "FLOPs", "median dB", "P5")
-    for row in rows:
-        spent = row["full_steps"]
-        quality = (f"{quantile(row['psnr'], q):.2f}" for q in (0.5, 0.05))
-        table.add_row(row["name"], f"{sum(spent) / len(spent):.1f}", f"{row['flops_speedup']:.2f}x", *quality)
-    Console(width=120).print(table)
+        rows.append(row_of(name, report, values))
+    show(rows, out / f"own-loop-{MODEL}.json", seeds=seeds, steps=steps)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import tiny
 from speca import zoo
 from speca.compare import psnr
 from speca.config import PRESETS
+from speca.measure import example_call
 
 SEEDS = [11, 12, 13]
 STEPS = 16
@@ -65,6 +66,12 @@ def test_every_preset_saves_and_stays_close(emoji: tiny.Case, preset: str) -> No
     assert speca.report(emoji.pipe).flops_speedup > (1.2 if preset == "faithful" else 1.8)
     if preset != "paper":
         assert psnr(images, plain).min() > 25
+
+
+def test_models_are_tried_with_prompts_of_their_kind() -> None:
+    asked = {model: example_call(zoo.load(model), [0, 1])["prompt"] for model in PROMPTS}
+    assert asked["emoji-video"] == ["a red apple moving left", "a sailboat moving right"]
+    assert not any("moving" in prompt for prompt in asked["emoji-flux"])
 
 
 def test_pictures_are_of_what_was_asked() -> None:

@@ -89,7 +89,7 @@ def test_emoji_video(pictures: Dataset, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(emoji_video, "load", lambda work: pictures)
     out = tmp_path / "weights" / "emoji-video"
     how: dict[str, Any] = dict(FEW, work=tmp_path, out=out, device="cpu", size="small", compiled=False)
-    emoji_video.main(**how, stills=2, windows=2, known_steps=2, clips=4, scored=2)
+    emoji_video.main(**how, stills=2, windows=2, known_steps=2, clips=40, scored=2)
     scores = json.loads((out / "scores.json").read_text())
     assert scores["direction_of_real_clips"] == 1
     assert 0 <= scores["direction"] <= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -313,3 +314,11 @@ def test_no_file_speaks_of_one_machine() -> None:
         if b"\0" not in data:
             found += [f"{name}: {match}" for match in MACHINE.findall(data.decode("utf-8", "replace"))]
     assert found == []
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    import results
+
+    found = {m: json.loads(text(f"docs/results/ablation-{m}.json"))["rows"] for m in results.MODELS}
+    table = results.table({model: {row["name"]: row for row in rows} for model, rows in found.items()})
+    assert f"{results.BEGIN}\n{table}\n{results.END}" in text("README.md"), "run python recipes/results.py"

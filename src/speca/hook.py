@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +11,9 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import nn
 
+from .model.stack import callers
+
 PIPELINE_CLASSES = frozenset({"DiffusionPipeline", "ModularPipeline"})
-MAX_FRAMES = 40
 
 
 class Run(Protocol):
@@ -113,10 +112,7 @@ def calling_pipeline() -> Any:
     Pipelines share transformers, and nothing in a call says whose it is. But the step can only be told from the
     scheduler of the pipeline that is calling, so the caller is looked up on the stack, as a debugger would.
     """
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(MAX_FRAMES):
-        if frame is None:
-            break
+    for frame in callers():
         code = frame.f_code
         # Frames of torch are passed over: they hold modules as `self`, and there are many of them.
         if not str(frame.f_globals.get("__name__")).startswith("torch."):
@@ -125,5 +121,4 @@ def calling_pipeline() -> Any:
                     value = frame.f_locals.get(name)
                     if PIPELINE_CLASSES & {c.__name__ for c in type(value).__mro__}:
                         return value
-        frame = frame.f_back
     return None

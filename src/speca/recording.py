@@ -52,7 +52,7 @@ def record(pipe: DiffusionPipeline, call: dict[str, Any], seeds: Sequence[int], 
         samples = torch.stack([out.flatten(1) for out in outputs], 1)  # (B, T, size)
         share = len(part_seeds) / len(seeds) / samples.shape[0] / samples.shape[2]
         total = total + share * torch.einsum("bid,bjd->ij", samples, samples)
-    linear, reason = transitions(pipe.scheduler)
+    linear, reason = transitions(pipe.scheduler, **{n: v for n, v in call.items() if n == "eta"})
     if not linear:
         raise InputError(f"there is nothing to calibrate: {reason}. Use a linear sampler, such as flow Euler or DDIM.")
     moments = (total + total.T).numpy() / 2

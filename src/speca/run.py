@@ -197,14 +197,14 @@ class Run:
     def _prior(self, course: Course, branch: Branch, position: Position, linear: Sequence[Transition]) -> Prior | None:
         """What is known of this run beforehand; it places the full steps as the run begins."""
         speculator = self.speculator_of(course)
-        if speculator.config.prior == "none" or not (linear and speculator.controller.heeds_prior):
+        measured, wanted = speculator.prior, speculator.config.prior
+        known = wanted == "auto" or (wanted == "measured" and measured is not None)
+        if not (known and linear and speculator.controller.heeds_prior):
             return None
         if course.begin or not speculator.config.corrector:
-            if speculator.prior is not None:
-                course.note("the prior is not used: it needs the corrector, and a run from the first step on.")
+            course.note("the prior is not used: it needs the corrector, and a run from the first step on.")
             return None
-        measured = speculator.prior is not None
-        prior = course.prior(speculator.prior, linear) if measured or speculator.config.prior == "auto" else None
+        prior = course.prior(measured, linear)
         if branch.last < 0 and prior is not None:
             speculator.place(branch, prior, linear)
         return prior

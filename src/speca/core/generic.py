@@ -10,7 +10,8 @@ process, stationary in log q/p, slow for the most part and with a small fast par
 
 What an output is made of, `A n + B x_0`, is read off the sampler: `keep (p x_0 + q n) + move (A n + B x_0)` has to be
 `p' x_0 + q' n`. So nothing has to be told about a model, whether it predicts noise or velocity.
-The six numbers were fitted once to two models measured, a flow and a DDIM, and tried on a third (docs/LOG.md).
+The six numbers were fitted once to two models measured, a flow and a DDIM; on a third it lost, so it is an option and
+no default (docs/LOG.md).
 """
 
 from __future__ import annotations

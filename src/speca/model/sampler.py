@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.corrector import Transition
+from .stack import callers
 
 SHAPE = (1, 4, 8, 8)
-MAX_FRAMES = 40
 STILL = 1e-6  # a step that moves a sample by less per unit of output, as the last of some schedules, only keeps it
 TOLERANCE = 1e-4  # of what is left unexplained, relative; schedulers compute in fp32
 
@@ -60,18 +58,11 @@ def transitions(scheduler: Any, **given: Any) -> tuple[tuple[Transition, ...], s
 def step_arguments() -> dict[str, Any]:
     """What the pipeline that is calling gives its scheduler's `step` besides, such as `eta`; empty if that is unknown.
 
-    Pipelines of diffusers keep it in a local called `extra_step_kwargs`, which is looked up on the stack as a debugger
-    would: no object they hand out has it.
+    Pipelines of diffusers keep it in a local called `extra_step_kwargs`.
     """
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(MAX_FRAMES):
-        if frame is None:
-            break
-        if "extra_step_kwargs" in frame.f_code.co_varnames:
-            given = frame.f_locals.get("extra_step_kwargs")
-            return {n: v for n, v in given.items() if n != "generator"} if isinstance(given, dict) else {}
-        frame = frame.f_back
-    return {}
+    found = (f.f_locals.get("extra_step_kwargs") for f in callers() if "extra_step_kwargs" in f.f_code.co_varnames)
+    given = next(found, None)
+    return {n: v for n, v in given.items() if n != "generator"} if isinstance(given, dict) else {}
 
 
 def noise_axis(scheduler: Any) -> tuple[float, ...]:
