@@ -81,6 +81,10 @@ def test_an_inflated_autoencoder_codes_each_frame_as_the_image_autoencoder_does(
         latents = image.encode(frames).latent_dist.mean
         torch.testing.assert_close(video.encode(frames[:, :, None]).latent_dist.mean[:, :, 0], latents)
         torch.testing.assert_close(video.decode(latents[:, :, None]).sample[:, :, 0], image.decode(latents).sample)
+        moving = torch.rand(1, 3, 5, 64, 64) * 2 - 1
+        latest = video.encode(moving).latent_dist.mean[:, :, 1]
+        gaps = [float((image.encode(moving[:, :, k]).latent_dist.mean - latest).norm()) for k in range(5)]
+        assert min(gaps) == gaps[4], "the second latent is of the last frame"
         still = frames[:1, :, None].expand(-1, -1, 5, -1, -1)
         torch.testing.assert_close(video.encode(still).latent_dist.mean[:, :, 1], latents[:1], rtol=1e-3, atol=1e-3)
 

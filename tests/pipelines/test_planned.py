@@ -10,6 +10,7 @@ import speca
 import tiny
 from pipelines.cases import RECIPES
 from speca.model import sampler
+from speca.recording import record
 from speca.run import ATTRIBUTE
 
 SEEDS = [3, 8, 5]
@@ -170,3 +171,7 @@ def test_the_noise_that_a_pipeline_tells_its_sampler_to_add_is_heeded() -> None:
         found[eta] = course.transitions(12)[0]
         assert found[eta] == sampler.transitions(case.pipe.scheduler, eta=eta)[0]
     assert found[0.0] != found[0.7]
+    speca.disable(case.pipe)
+    call = {**case.arguments, **case.conditions([1, 2]), "num_inference_steps": 12, "eta": 0.7}
+    del call["output_type"]
+    assert record(case.pipe, call, [1, 2], 2).transitions == found[0.7]
