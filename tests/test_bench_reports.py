@@ -200,3 +200,11 @@ def test_the_gpu_suite_runs_in_toy_sizes_and_keeps_to_its_time(tmp_path: Path, m
     assert "| DiT-XL/2 | 1 | eager |" in text and "No results are committed yet." in text
     bench_gpu.main(out, minutes=0.1, tiny=True, device="cpu", repeats=1)
     assert len(json.loads(out.read_text())["left_out"]) >= 3, "there was no time, and it says what was left out"
+
+
+def test_a_setting_that_changed_nothing_lends_no_decibels() -> None:
+    """Between a run that skips nothing, 150 dB by convention, and a fast one there is nothing to be read off."""
+    rows = rows_of([("speca", "speca", [(1.0, 150.0), (4.0, 40.0), (8.0, 30.0)])])
+    points = report.curves(rows)["speca"]
+    assert [p.speed for p in points] == [4.0, 8.0]
+    assert pareto.at_speed(points, 3.0) is None

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import SpecaConfig
 from ..core.controller import CONTROLLERS, Controller, Plan, ScheduleController, Trajectory
 from ..pipeline import enabled
+from .measure import IDENTICAL
 from .methods import Call, Prepare, Setup
 from .recording import Ground, anneal, true_errors
 
@@ -76,7 +77,7 @@ def fewest_steps(rows: Sequence[dict[str, Any]], family: str, targets: Sequence[
         steps = max(r["steps"] for r in measured)
         for k in range(len(measured[0]["psnr"])):
             reached = next((r for r in measured if r["psnr"][k] >= target), None)
-            psnr.append(reached["psnr"][k] if reached else 150.0)
+            psnr.append(reached["psnr"][k] if reached else IDENTICAL)
             spent.append(reached["full_steps"][k] if reached else float(steps))
             flops += reached["flops"] / len(reached["psnr"]) if reached else full
         flops_full = measured[0]["flops_full"]

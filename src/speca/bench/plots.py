@@ -120,8 +120,11 @@ def _tint(family: str) -> str:
 
 
 def _save(figure: Any, place: Path, name: str) -> None:
-    for kind in ("svg", "png"):
-        figure.savefig(place / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": name}):  # the same rows give the same file, so that a diff shows what changed
+        figure.savefig(place / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(place / f"{name}.png", dpi=150)
 
 
 def _panel(panel: Any, kind: str, others: dict[str, list[Point]], ours: Sequence[Point]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .measure import IDENTICAL
 from .pareto import SPEEDS, Point, at_speed, median_interval, needed, paired_difference
 from .signals import verdicts
 
@@ -41,10 +42,15 @@ def measured(rows: Rows, batch: int | None = None) -> list[dict[str, Any]]:
 
 
 def curves(rows: Rows, axis: str = "flops", metric: str = "psnr", oracles: bool = True) -> dict[str, list[Point]]:
-    """The sweep of each method: realised speed along `axis` ("flops" or "wall") and quality of each sample."""
+    """The sweep of each method: realised speed along `axis` ("flops" or "wall") and quality of each sample.
+
+    Settings that drew what the full run draws are left out: their PSNR is a cap, and what is read off on the way to a
+    cap is made up.
+    """
     found: dict[str, list[Point]] = {}
     for row in measured(rows):
-        if row["method"] == "none" or not row.get(metric) or (row["family"] == "oracle" and not oracles):
+        exact = row.get("psnr") and statistics.median(row["psnr"]) >= IDENTICAL
+        if exact or row["method"] == "none" or not row.get(metric) or (row["family"] == "oracle" and not oracles):
             continue
         if row[f"{axis}_speedup"] is not None:
             found.setdefault(row["method"], []).append(Point(row[f"{axis}_speedup"], tuple(row[metric])))
