@@ -208,3 +208,14 @@ def test_a_setting_that_changed_nothing_lends_no_decibels() -> None:
     points = report.curves(rows)["speca"]
     assert [p.speed for p in points] == [4.0, 8.0]
     assert pareto.at_speed(points, 3.0) is None
+
+
+def test_the_report_says_whether_adapting_to_each_sample_pays() -> None:
+    """At 30 dB the planned run is 2.0 and the searched one 4.0 times as fast as a full run: twice as dear."""
+    fixed = ("annealed-corrected", "schedule", [(2.0, 40.0), (4.0, 30.0)])
+    slow = rows_of([("speca-unprepared", "speca", [(1.5, 40.0), (2.0, 30.0)]), fixed])
+    (told,) = report.adapting(slow, [30.0, 39.0])
+    assert "+100% at 30 dB" in told and "not the 15 % less" in told and "at 39 dB" in told
+    fast = rows_of([("speca-unprepared", "speca", [(4.0, 40.0), (8.0, 30.0)]), fixed])
+    assert "-50% at 30 dB" in report.adapting(fast, [30.0])[0] and "It pays" in report.adapting(fast, [30.0])[0]
+    assert report.adapting(rows_of([fixed])) == []

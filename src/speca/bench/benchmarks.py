@@ -12,7 +12,18 @@ from torch import Tensor
 
 from .field import chosen
 from .pareto import Point, at_speed, paired_difference
-from .report import OURS, about, batch_table, curves, families, guarantee_table, measured, missing_table, score_table
+from .report import (
+    OURS,
+    about,
+    adapting,
+    batch_table,
+    curves,
+    families,
+    guarantee_table,
+    measured,
+    missing_table,
+    score_table,
+)
 from .report import signal_table as signals
 
 Rows = Sequence[dict[str, Any]]
@@ -57,7 +68,7 @@ def section(model: str, rows: Rows) -> list[str]:
     lines += [*answers(rows), "", *pictures]
     lines += ["", "### In quality", "", *quality_table(rows), "", "### In seconds", "", *seconds_table(rows)]
     titled = {
-        "How fast for a guarantee": guarantee_table(rows),
+        "How fast for a guarantee": [*guarantee_table(rows), "", *adapting(rows)],
         "How good is the check?": signals(rows),
         "Agreement and distances": score_table(rows),
         "Batches": batch_table(rows),
