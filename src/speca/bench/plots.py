@@ -56,7 +56,7 @@ def plot(rows: Rows, place: Path, name: str, axis: str = "flops") -> None:
     )  # fmt: skip
     figure.supxlabel(f"times less {words} in the transformer", fontsize=10)
     figure.supylabel("PSNR to the own full run, dB", fontsize=10)
-    absent = [name for line in missing_table(rows)[2:] if (name := line.split("|")[1].strip()) not in found]
+    absent = [method for line in missing_table(rows)[2:] if (method := line.split("|")[1].strip()) not in found]
     if absent:
         figure.text(
             0.99, 0.004, f"could not run: {', '.join(dict.fromkeys(absent))}", ha="right", fontsize=7.5, color="#78716c"
