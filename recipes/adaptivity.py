@@ -58,9 +58,13 @@ def main(
     torch.set_num_threads(threads)
     pipe = resolve(model)
     pipe.set_progress_bar_config(disable=True)
-    run_once(pipe, {**call_arguments(model), **example_call(pipe, [TUNING])}, [TUNING], None)  # sets the timesteps
-    calibration, (linear, _) = Calibration.beside(pipe), transitions(pipe.scheduler)
-    assert calibration is not None and linear, "this needs a model that brings a calibration"
+    calibration = Calibration.beside(pipe)
+    if calibration is None:
+        raise typer.BadParameter(f"{model} brings no calibration; name a bundled model.")
+    call = {**call_arguments(model), **example_call(pipe, [TUNING]), "num_inference_steps": calibration.steps}
+    run_once(pipe, call, [TUNING], None)  # sets the timesteps
+    linear, _ = transitions(pipe.scheduler)
+    assert len(linear) == calibration.steps, "the placements are for another run than the one they are played in"
     prior, path = calibration.prior.at(noise_axis(pipe.scheduler)), tuple(linear)
     common = place(prior, path, BASE).steps[:COMMON]
     plans = {("fixed", k): place(prior, path, k).steps for k in FIXED}
@@ -86,8 +90,8 @@ def continued(prior: Prior, path: Sequence[Transition], common: Sequence[int], c
 
 
 class Trial:
-    """What every plan gives for each sample of `seeds`: `decibels` by plan, and the `corrections` (samples, full steps
-    in common) after the first five full steps, in dB."""
+    """What every plan gives for each sample of `seeds`: `decibels` by plan, and in dB `all_corrections` (samples, 8) of
+    ten full steps, of which `corrections` are those of the full steps in common."""
 
     def __init__(
         self, pipe: Any, model: str, seeds: Sequence[int], batch: int, calibration: Calibration,

@@ -219,3 +219,15 @@ def test_the_report_says_whether_adapting_to_each_sample_pays() -> None:
     fast = rows_of([("speca-unprepared", "speca", [(4.0, 40.0), (8.0, 30.0)]), fixed])
     assert "-50% at 30 dB" in report.adapting(fast, [30.0])[0] and "It pays" in report.adapting(fast, [30.0])[0]
     assert report.adapting(rows_of([fixed])) == []
+
+
+def test_the_same_rows_give_the_same_plots(tmp_path: Path) -> None:
+    """So that a diff of docs/img shows what changed; a name of what could not run must not become the picture's."""
+    rows = rows_of([("speca", "speca", [(2.0, 40.0), (4.0, 30.0)]), ("taylor-1", "forecast", [(2.0, 30.0)])])
+    rows.append({"kind": "quality", "method": "wish", "value": 1, "family": "rival", "reason": "no such thing"})
+    for place in (tmp_path / "one", tmp_path / "two"):
+        place.mkdir()
+        plots.plot(rows, place, "curves")
+        plots.summary(rows, place, "summary")
+    first, second = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert first == second and set(first) == {f"{n}.{kind}" for n in ("curves", "summary") for kind in ("svg", "png")}
