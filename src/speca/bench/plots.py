@@ -21,7 +21,7 @@ COLOURS = {
 TITLES = {
     "steps": "Fewer steps, better solvers",
     "forecast": "Fixed intervals",
-    "speca": "SpeCa as published and as released",
+    "speca": "SpeCa, other rules and settings",
     "schedule": "Fixed schedules",
     "rival": "Caches of diffusers and cache-dit",
     "oracle": "Oracles: placed by what no method knows",
