@@ -273,4 +273,5 @@ def test_a_video_is_an_animation_and_a_row_of_the_contact_sheet(tmp_path: Path) 
     assert sheet.width == 5 * (112 + grid.GAP) - grid.GAP
     assert sheet.height == 3 * (112 + 22)
     assert sheet.getpixel((3, 3)) == tuple((video[0, 0, 0] * 255).round().int().tolist())
+    assert sheet.getpixel((112 + grid.GAP // 2, 3)) == grid.LINE, "white frames are set apart"
     assert grid.draw_grid(video[None], video[None], ["x"], "t", "s").width > 112

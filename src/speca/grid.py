@@ -18,7 +18,7 @@ MOST_COLUMNS = {16: 8, MOST_SAMPLES: 12}  # up to so many samples: so many side 
 SMALLEST, LARGEST = 112, 256  # pixels of a cell's longer side
 MOST_FRAMES, FPS = 6, 12  # of a contact sheet and of an animation
 GAP, MARGIN = 6, 20
-INK, GREY, PAPER = (24, 24, 27), (105, 105, 115), (255, 255, 255)
+INK, GREY, LINE, PAPER = (24, 24, 27), (105, 105, 115), (212, 212, 216), (255, 255, 255)
 AMPLIFICATIONS = (1, 2, 5, 10, 20, 50, 100)
 
 
@@ -42,11 +42,13 @@ def contact_sheet(clips: Tensor, captions: Sequence[str]) -> Image.Image:
     cell, foot = (width * scale, height * scale), 22
     image = Image.new("RGB", (len(shown) * (cell[0] + GAP) - GAP, len(clips) * (cell[1] + foot)), PAPER)
     for row, (clip, caption) in enumerate(zip(clips, captions, strict=False)):
+        top = row * (cell[1] + foot)
+        image.paste(LINE, (0, top, image.width, top + cell[1]))  # shows between frames, or white ones run together
         for column, frame in enumerate(shown):
             picture = _picture(clip[frame]).convert("RGB").resize(cell, Image.Resampling.NEAREST)
-            image.paste(picture, (column * (cell[0] + GAP), row * (cell[1] + foot)))
+            image.paste(picture, (column * (cell[0] + GAP), top))
         text = _cut(caption, image.width - GAP, _font(12))
-        ImageDraw.Draw(image).text((2, row * (cell[1] + foot) + cell[1] + 3), text, INK, _font(12))
+        ImageDraw.Draw(image).text((2, top + cell[1] + 3), text, INK, _font(12))
     return image
 
 
