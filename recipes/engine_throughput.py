@@ -3,10 +3,10 @@
     python recipes/engine_throughput.py                  # about ten minutes on two cores
 
 Requests of the bundled models, with 20, 30 and 40 steps in turn. The same requests by a loop with and without speca,
-in lock-step, and by the engine; rounds of all of them are interleaved and medians reported. Seconds are those of the
-processor, with one thread, so that other work on the machine does not count; those of the clock are in the results.
-The scheduler's share is that of all ticks spent on admitting requests, naming what fits together and choosing batches,
-with up to 64 requests live.
+in lock-step, and by the engine, also with text encoders and autoencoders run one request at a time; rounds of all of
+them are interleaved and medians reported. Seconds are those of the processor, with one thread, so that other work on
+the machine does not count; those of the clock are in the results. The scheduler's share is that of all ticks spent on
+admitting requests, naming what fits together and choosing batches, with up to 64 requests live.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def table(results: list[dict[str, Any]]) -> str:
     for model in dict.fromkeys(r["model"] for r in results):
         rates = {r["way"]: r["images_per_second"] for r in results if r["model"] == model and "way" in r}
         (more,) = [r for r in results if r["model"] == model and "way" not in r]
-        engines = {"engine, lock-step": more["lock_step"], "engine, continuous": more["continuous"]}
+        engines = {"engine, lock-step": more["lock_step"], "engine, components apart": more["apart"],
+                   "engine, continuous": more["continuous"]}  # fmt: skip
         for way, rate in rates.items():
             found, cells = engines.get(way), ["", ""]
             if found is not None:
@@ -99,11 +100,12 @@ def main(
     for model in models.split(","):
         pipe = zoo.resolve(model)
         pipe.set_progress_bar_config(disable=True)
-        requests, free, lock = asked(pipe, model, count), {}, {}
+        requests, free, lock, apart = asked(pipe, model, count), {}, {}, {}
         ways = {
             "loop, every step full": loop,
             "loop, speca": cached_loop,
             "engine, lock-step": by("lock-step", lock, max_batch=max_batch),
+            "engine, components apart": by("continuous", apart, max_batch=max_batch, component_batch=1),
             "engine, continuous": by("continuous", free, max_batch=max_batch),
         }
         loop(pipe, requests[:2])
@@ -120,12 +122,12 @@ def main(
             rate = count / median(seconds)
             results.append(dict(model=model, way=way, images_per_second=rate, seconds=seconds, clock=clock[way]))
             print(f"{model:<12} {way:<24} {rate:6.2f} images a processor second", flush=True)
-        for name, found in (("continuous", free), ("lock-step", lock)):
+        for name, found in (("continuous", free), ("lock-step", lock), ("components apart", apart)):
             lane = found["lanes"]["full"]
             rows, reads, ticks = lane["rows_a_batch"], found["reads"], found["ticks"]
             print(f"  {name}: {rows:.1f} rows a full forward, {reads} reads in {ticks} ticks")
         print(f"  scheduler: {share:.2%} of tick time, at most {free['peak_live']} requests live")
-        results.append(dict(model=model, scheduler_share=share, continuous=free, lock_step=lock))
+        results.append(dict(model=model, scheduler_share=share, continuous=free, lock_step=lock, apart=apart))
         if model == PICTURED:
             with Engine(pipe, max_batch=max_batch, max_live=48) as engine:
                 list(engine.generate(requests))

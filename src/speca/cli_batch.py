@@ -35,9 +35,8 @@ def batch(
         Literal["continuous", "lock-step", "one-at-a-time"], typer.Option(help="How requests share the model.")
     ] = "continuous",
     max_batch: Annotated[int, typer.Option(help="Most rows of one forward, 1 or more.")] = 16,
-    memory: Annotated[
-        str | None, typer.Option(help="What requests may hold together, e.g. 8GiB. Default: any.")
-    ] = None,
+    component_batch: Annotated[int, typer.Option(help="Most rows of one text encoder or autoencoder call.")] = 4,
+    memory: Annotated[str | None, typer.Option(help="What requests may hold, e.g. 8GiB. Default: any.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda and so on. Default: cuda if there is one.")] = None,
@@ -62,7 +61,8 @@ def batch(
     pipe = request.load(model, dtype, device, threads)
     lines = read_lines(prompts, common, seed, lambda names: request.class_numbers(pipe, model, names))
     folder = Folder.open(out)
-    with Engine(pipe, config, max_batch=max_batch, memory=memory, mode=mode) as engine:
+    most = dict(max_batch=max_batch, component_batch=component_batch)
+    with Engine(pipe, config, **most, memory=memory, mode=mode) as engine:
         made = _make(engine, lines, folder, model, quiet=as_json)
     payload = {
         "model": model, **made, "mode": mode, "preset": preset, "statistics": engine.statistics,

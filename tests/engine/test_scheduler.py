@@ -45,8 +45,8 @@ JOBS = st.lists(
 BYTES = [10, 25, 40, 60]
 SETTINGS = st.fixed_dictionaries(
     dict(
-        max_batch=st.integers(1, 8), max_wait=st.integers(0, 6), max_live=st.integers(1, 12),
-        memory=st.one_of(st.none(), st.just(100)), lockstep=st.booleans(),
+        max_batch=st.integers(1, 8), component_batch=st.integers(1, 4), max_wait=st.integers(0, 6),
+        max_live=st.integers(1, 12), memory=st.one_of(st.none(), st.just(100)), lockstep=st.booleans(),
     )
 )  # fmt: skip
 
@@ -100,18 +100,19 @@ def drive(scheduler: Scheduler, jobs: list[Job], limit: int = 5000) -> list[list
 
 
 def check(scheduler: Scheduler, wanted: dict, batches: list[Batch]) -> None:
-    """One bucket and one lane a batch, no more rows than allowed, one full batch, every draft, never idle."""
+    """One bucket and one lane a batch, no more rows than allowed, one full batch, all that runs at once, never idle."""
     ran = [t for batch in batches for t in batch.tickets]
     assert len(ran) == len({t.request for t in ran})
     assert all(wanted[t.request] == t for t in ran)
     for batch in batches:
         assert {t.bucket for t in batch.tickets} == {batch.tickets[0].bucket}
         assert {t.lane for t in batch.tickets} == {batch.lane}
-        assert batch.rows <= scheduler.max_batch or len(batch.tickets) == 1
+        most = scheduler.component_batch if batch.lane is Lane.COMPONENT else scheduler.max_batch
+        assert batch.rows <= most or len(batch.tickets) == 1
     assert sum(batch.lane is Lane.FULL for batch in batches) <= 1
     if not scheduler.lockstep:
-        drafts = {n for n, t in wanted.items() if t.lane is Lane.DRAFT}
-        assert drafts <= {t.request for t in ran}, "a draft was left to wait"
+        urgent = {n for n, t in wanted.items() if t.lane is not Lane.FULL}
+        assert urgent <= {t.request for t in ran}, "what runs at once was left to wait"
     else:
         assert len({t.step for t in ran}) <= 1, "rows of a lock-step batch have drifted apart"
     assert bool(batches) == bool(wanted), "something is wanted and nothing ran"

@@ -15,6 +15,7 @@ from ..model.gate import Gate
 from ..model.overrides import PACKED
 from ..model.probe import Discovery, Forward, scaled
 from .activations import Peak
+from .components import Call
 from .scheduler import Scheduler
 
 
@@ -32,7 +33,7 @@ class Read:
     numbers: Tensor
 
 
-Question = Pass | Plain | Read
+Question = Pass | Plain | Read | Call
 
 
 class Asking(Protocol):
@@ -57,6 +58,10 @@ class Desk(Executor):
     def plain(self, forward: Callable[[], Any]) -> Any:
         """A call of the model alone, when it is its turn."""
         return self._ask(Plain(forward))
+
+    def component(self, call: Call) -> Any:
+        """What another component gives, together with those of other requests if there are any that fit."""
+        return self._ask(call)
 
     def read(self, numbers: Tensor) -> list[float]:
         """Numbers from the device, in the one read of a tick."""

@@ -51,6 +51,7 @@ class Engine:
         preset: str | SpecaConfig = "balanced",
         *,
         max_batch: int = 16,
+        component_batch: int = 4,
         max_wait: int = 8,
         max_live: int | None = None,
         max_queue: int | None = None,
@@ -64,6 +65,7 @@ class Engine:
             pipe: a pipeline with one or more diffusion transformers.
             preset, **overrides: settings of requests that bring none, as of `speca.enable`.
             max_batch: most rows of one forward, 1 or more. With guidance in one call an image has two rows.
+            component_batch: the same of a text encoder or an autoencoder; more rows decode with more memory.
             max_wait: ticks that a full forward waits for others to fill its batch, 0 or more.
             max_live: most requests under way at a time; default four times `max_batch`, one batch in "lock-step".
             max_queue: most requests that wait to start; one more is refused. Default: no limit.
@@ -90,7 +92,8 @@ class Engine:
         self.pipe, self.mode, self.config = pipe, mode, SpecaConfig.build(preset, **overrides)
         lockstep = mode == "lock-step"
         scheduler = Scheduler(
-            max_batch=max_batch, max_wait=max_wait, max_queue=max_queue, memory=_bytes(memory), lockstep=lockstep,
+            max_batch=max_batch, component_batch=component_batch, max_wait=max_wait, max_queue=max_queue,
+            memory=_bytes(memory), lockstep=lockstep,
             max_live=max_live if max_live is not None else max_batch if lockstep else 4 * max_batch,
         )  # fmt: skip
         self._enabled = not any(ATTRIBUTE in model.__dict__ for model in transformers_of(pipe))
@@ -175,7 +178,7 @@ class Engine:
         """Counts since the engine was made: requests, steps, ticks, reads, waits, and of each lane how full it ran."""
         scheduler = self._hub.scheduler
         now = {"live": scheduler.live, "queued": len(scheduler.queue) + len(self._inbox), "bytes": scheduler.bytes}
-        return {**now, **self._hub.records.to_dict(scheduler.max_batch)}
+        return {**now, **self._hub.records.to_dict(scheduler)}
 
     def timeline(self, path: str | Path, title: str = "") -> None:
         """Write a picture of what each request did when, and how full the batches were (PNG, SVG or PDF)."""
@@ -231,7 +234,7 @@ class Engine:
         """The oracle: the pipeline is called, and nothing else runs."""
         future.begin()
         try:
-            output, report = play(self.pipe, self._hub.runs, future, Executor(), lambda course: None)
+            output, report = play(self.pipe, self._hub.runs, future, Executor(), lambda mine, course: None)
         except Exception as error:
             return future.finish(error=error)
         return future.finish(output, report)

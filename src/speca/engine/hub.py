@@ -20,6 +20,7 @@ from ..executor import Executor, Pass
 from ..model.gate import Mode
 from ..report import Report
 from ..run import ATTRIBUTE, Run
+from .components import Call, Components, adopt
 from .desk import Desk, Plain, Question, Read
 from .packing import Packer
 from .preview import watch
@@ -62,8 +63,11 @@ def private(pipe: Any, scheduler: Any = None) -> Any:
     return mine
 
 
-def play(pipe: Any, runs: Sequence[Run], future: Future, executor: Executor, begun: Callable[[Course], None]) -> Any:
-    """One request from beginning to end: the pipeline's output, and the report. `begun` is told its course."""
+def play(
+    pipe: Any, runs: Sequence[Run], future: Future, executor: Executor, begun: Callable[[Any, Course], None]
+) -> Any:
+    """One request from beginning to end: the pipeline's output, and the report. `begun` is given its copy of the
+    pipeline and its course."""
     request = future.request
     mine = private(pipe, request.scheduler)
     if request.preview:
@@ -73,7 +77,7 @@ def play(pipe: Any, runs: Sequence[Run], future: Future, executor: Executor, beg
     course.speculator = runs[0].speculator_for(request.config, executor)
     for run in runs:
         run.courses[mine] = course
-    begun(course)
+    begun(mine, course)
     chance = Chance.here(kinds_of(runs))
     torch.manual_seed(request.global_seed)
     try:
@@ -119,6 +123,8 @@ class Hub:
 
         self.runs: list[Run] = [model.__dict__[ATTRIBUTE] for model in transformers_of(self.pipe)]
         self.meet, self.packer = Rendezvous(kinds_of(self.runs)), Packer()
+        weighing = self.scheduler.memory is not None
+        self.components = Components(self.packer.tokens, self.meet.devices, weighing=weighing)
         self._deadlines: list[tuple[float, int]] = []
         self._readings: dict[int, Read] = {}
 
@@ -185,10 +191,13 @@ class Hub:
         future.begin()
         self.records.started(future.last.time)
 
-        def begun(course: Course) -> None:
-            live.course = course
-
         desk = Desk(self.meet, self.scheduler)
+
+        def begun(mine: Any, course: Course) -> None:
+            live.course = course
+            if self.scheduler.component_batch > 1:
+                adopt(mine, self.components, desk.component, [run.model for run in self.runs])
+
         self._go(index, lambda: self.meet.start(index, lambda: play(self.pipe, self.runs, future, desk, begun)))
 
     def _go(self, index: int, onward: Callable[[], None]) -> None:
@@ -219,6 +228,9 @@ class Hub:
             self.live[index].kind = "full"
             self.scheduler.post(index, Lane.FULL, ("alone", index), step=-1)
             return
+        if isinstance(question, Call):
+            self._take_component(index, question, ambient)
+            return
         live, position = self.live[index], question.position
         if position.index > live.step:
             live.step = position.index
@@ -233,6 +245,14 @@ class Hub:
         lane = Lane.DRAFT if question.mode.drafts else Lane.FULL
         named = ("alone", index) if bucket is None else (ambient, bucket)
         self.scheduler.post(index, lane, named, rows=question.rows, step=position.index)
+        self.records.planning += time.perf_counter() - planning
+
+    def _take_component(self, index: int, call: Call, ambient: Ambient) -> None:
+        live, planning = self.live[index], time.perf_counter()
+        live.kind = "component"
+        bucket = self.components.bucket(call)
+        named = ("alone", index) if bucket is None else (ambient, bucket)
+        self.scheduler.post(index, Lane.COMPONENT, named, rows=max(1, call.rows), step=live.step + 1)
         self.records.planning += time.perf_counter() - planning
 
     def _bytes(self, live: Live, asked: Pass) -> int:
@@ -284,6 +304,10 @@ class Hub:
     def _answers(self, questions: Sequence[Any], ambient: Ambient) -> list[Any]:
         if isinstance(questions[0], Plain):
             return [self._within(ambient, questions[0].forward)]
+        if isinstance(questions[0], Call):
+            found = self._within(ambient, lambda: self.components.run(questions))
+            self.scheduler.component = self.components.most
+            return list(found)
         return list(self._within(ambient, lambda: self.packer.run(questions)))
 
     def _within(self, ambient: Ambient, what: Callable[[], Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from .request import Result
 from .scheduler import Batch, Lane, Scheduler
 
-Kind = Literal["draft", "full", "redone"]
+Kind = Literal["draft", "full", "redone", "component"]
 KEPT = 100_000
 """Forwards of single requests that are remembered for the picture; older ones are forgotten."""
 
@@ -32,11 +32,11 @@ class LaneCount:
     waited: int = 0
     longest: int = 0
 
-    def to_dict(self, max_batch: int) -> dict[str, Any]:
-        """Plain values, with means and the share of `max_batch` rows that was used."""
+    def to_dict(self, most: int) -> dict[str, Any]:
+        """Plain values, with means and the share of the `most` rows of a batch that was used."""
         rows = self.rows / self.batches if self.batches else 0.0
         waited = self.waited / self.calls if self.calls else 0.0
-        return {**asdict(self), "rows_a_batch": rows, "occupancy": rows / max_batch, "mean_wait": waited}
+        return {**asdict(self), "rows_a_batch": rows, "occupancy": rows / most, "mean_wait": waited}
 
 
 @dataclass(frozen=True)
@@ -112,17 +112,20 @@ class Records:
         self.peak_live = max(self.peak_live, scheduler.live)
         self.peak_bytes = max(self.peak_bytes, scheduler.bytes)
 
-    def to_dict(self, max_batch: int) -> dict[str, Any]:
+    def to_dict(self, scheduler: Scheduler) -> dict[str, Any]:
         """Plain values."""
         names = ("done", "failed", "full", "accepted", "rejected", "ticks", "reads", "seconds", "planning",
                  "peak_live", "peak_bytes")  # fmt: skip
         waited = self.waited / self.started_count if self.started_count else 0.0
-        lanes = {lane.value: count.to_dict(max_batch) for lane, count in self.lanes.items()}
+        lanes = {lane.value: count.to_dict(scheduler.most(lane)) for lane, count in self.lanes.items()}
         return {**{name: getattr(self, name) for name in names}, "mean_queue_seconds": waited, "lanes": lanes}
 
 
-COLOURS: dict[Kind, str] = {"draft": "#8fd0a5", "full": "#1f3b57", "redone": "#d8573c"}
-MEANING: dict[Kind, str] = {"draft": "draft", "full": "full", "redone": "draft rejected, recomputed"}
+COLOURS: dict[Kind, str] = {"draft": "#8fd0a5", "full": "#1f3b57", "redone": "#d8573c", "component": "#b9a3d6"}
+MEANING: dict[Kind, str] = {
+    "draft": "draft", "full": "full", "redone": "draft rejected, recomputed",
+    "component": "text encoder, autoencoder",
+}  # fmt: skip
 MOST_ROWS = 96
 
 
@@ -142,7 +145,7 @@ def plot(records: Records, max_batch: int, path: str | Path, title: str = "") ->
         own = [f for f in forwards if f.request == request]
         first, last = own[0].began - origin, own[-1].began + own[-1].seconds - origin
         above.plot([first, last], [place[request]] * 2, color="#d9dde2", linewidth=0.8, zorder=1)
-        for kind in ("full", "redone"):
+        for kind in ("full", "redone", "component"):
             bars = [(f.began - origin, f.seconds) for f in own if f.kind == kind]
             above.broken_barh(bars, (place[request] - 0.4, 0.8), color=COLOURS[kind], linewidth=0, zorder=2)
     # A draft takes so little time that a bar of it would not be seen.
@@ -158,7 +161,7 @@ def plot(records: Records, max_batch: int, path: str | Path, title: str = "") ->
     for f in forwards:
         batches[f.batch], rows[f.batch] = f, rows.get(f.batch, 0) + f.rows
     for number, f in batches.items():
-        colour = COLOURS["draft"] if f.kind == "draft" else COLOURS["full"]
+        colour = COLOURS["full" if f.kind == "redone" else f.kind]
         below.bar(f.began - origin, rows[number], f.seconds, align="edge", color=colour, linewidth=0)
     below.axhline(max_batch, color="#9aa3ad", linewidth=0.8, linestyle="--")
     below.text(0, max_batch, " cap", fontsize=8, va="bottom", color="#6b737c")

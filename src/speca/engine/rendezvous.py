@@ -44,7 +44,7 @@ class Ambient:
                 torch.set_autocast_dtype(device, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chance:
     """Where the global random generators stand. Some pipelines hand no generator to their scheduler, which then draws
     from these: they must not depend on who else is drawing."""
@@ -56,6 +56,13 @@ class Chance:
         """As they are now."""
         others = tuple((d, torch.get_device_module(d).get_rng_state()) for d in devices if d not in ("cpu", "meta"))
         return cls((("cpu", torch.get_rng_state()), *others))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chance) and all(
+            one[0] == two[0] and torch.equal(one[1], two[1]) for one, two in zip(self.states, other.states, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     def restore(self) -> None:
         """Put them back."""

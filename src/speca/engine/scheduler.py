@@ -2,7 +2,9 @@
 
 A live request wants one forward at a time. A *draft* is cheap and runs in the very next tick, with every other draft
 that fits it. A *full* forward is dear, and worth most in a full batch: it waits, for a bounded time, until so many have
-gathered. Only forwards of one *bucket* can run together; what is in a bucket's name is for the engine to say.
+gathered. Calls of other *components*, text encoders and autoencoders, run at once like drafts: requests start and end
+together often enough. Only forwards of one *bucket* can run together; what is in a bucket's name is for the engine to
+say.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ class Lane(enum.Enum):
 
     DRAFT = "draft"
     FULL = "full"
+    COMPONENT = "component"
 
 
 @dataclass(frozen=True)
@@ -73,23 +76,27 @@ class Scheduler:
 
     Attributes:
         max_batch: most rows of one forward; one request of more rows runs alone.
+        component_batch: the same of a call of another component than a transformer.
         max_wait: ticks after which a full forward no longer waits for others.
         max_live: most requests that are live at a time.
         max_queue: most requests that wait to start, None for no limit.
-        memory: most bytes that live requests and one forward of `max_batch` rows may hold together, None for no limit.
-            One request alone may hold more.
-        forward: bytes that a row of a forward takes while it runs, as far as that is known.
+        memory: most bytes that live requests and one batch may hold together, None for no limit. One request alone may
+            hold more.
+        forward, component: bytes that a row of a forward, or of a call of another component, takes while it runs, as
+            far as that is known.
         lockstep: all live requests start together and stay at one step, as a batch of a plain pipeline does.
         tick: how often `plan` was called.
     """
 
     max_batch: int = 16
+    component_batch: int = 4
     max_wait: int = 8
     max_live: int = 64
     max_queue: int | None = None
     memory: int | None = None
     lockstep: bool = False
     forward: int = 0
+    component: int = 0
     tick: int = 0
     waiting: dict[int, Ticket] = field(default_factory=dict)
     queue: dict[int, _Queued] = field(default_factory=dict)
@@ -99,7 +106,8 @@ class Scheduler:
     _scout: int | None = None  # the live request whose size is being learnt
 
     def __post_init__(self) -> None:
-        for name, low in (("max_batch", 1), ("max_wait", 0), ("max_live", 1), ("max_queue", 0), ("memory", 1)):
+        lowest = dict(max_batch=1, component_batch=1, max_wait=0, max_live=1, max_queue=0, memory=1)
+        for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{name}={value} is out of range; use {low} or more.")
@@ -124,7 +132,7 @@ class Scheduler:
         """
         if self.max_queue is not None and len(self.queue) >= self.max_queue:
             raise QueueFullError(f"{len(self.queue)} requests are waiting, as many as may; try again later.")
-        need = self.known.get(size, 0) + self.forward
+        need = self.known.get(size, 0) + max(self.forward, self.component)
         if self.memory is not None and need > self.memory:
             raise InputError(
                 f"a request of this size takes {need} bytes, more than memory={self.memory}; raise memory."
@@ -157,7 +165,8 @@ class Scheduler:
     def _fits(self, size: Hashable) -> bool:
         if self.memory is None or not self._live:
             return True
-        return size in self.known and self.bytes + self.known[size] + self.forward * self.max_batch <= self.memory
+        running = max(self.forward * self.max_batch, self.component * self.component_batch)
+        return size in self.known and self.bytes + self.known[size] + running <= self.memory
 
     def _hold(self, queued: _Queued) -> None:
         assert self.memory is not None
@@ -186,17 +195,14 @@ class Scheduler:
         self.waiting[request] = Ticket(request, lane, bucket, rows, step, self.tick, self._live[request].rank)
 
     def plan(self) -> list[Batch]:
-        """What to run in this tick: every draft, and at most one batch of full forwards."""
+        """What to run in this tick: every draft and component, and at most one batch of full forwards."""
         self.tick += 1
         wanted = sorted(self.waiting.values(), key=lambda t: t.rank)
         if self.lockstep:
             first = min((t.step for t in wanted), default=0)
             wanted = [t for t in wanted if t.step == first]
-        batches = [
-            batch
-            for bucket in _by_bucket(t for t in wanted if t.lane is Lane.DRAFT)
-            for batch in self._packed(bucket, Lane.DRAFT)
-        ]
+        urgent = _by_bucket(t for t in wanted if t.lane is not Lane.FULL)
+        batches = [batch for bucket in urgent for batch in self._packed(bucket)]
         if not (self.lockstep and batches):  # drafts that fail join the full forwards of their step
             batches += self._full([t for t in wanted if t.lane is Lane.FULL], moving=bool(batches))
         for batch in batches:
@@ -209,13 +215,17 @@ class Scheduler:
         nothing else is `moving` none would gain by waiting, and any will do."""
         buckets = _by_bucket(wanted)
         ready = [bucket for bucket in buckets if self._is_ready(bucket)] or ([] if moving else buckets)
-        return self._packed(ready[0], Lane.FULL)[:1] if ready else []
+        return self._packed(ready[0])[:1] if ready else []
 
     def _is_ready(self, bucket: list[Ticket]) -> bool:
         oldest = min(ticket.since for ticket in bucket)
         return sum(t.rows for t in bucket) >= self.max_batch or self.tick - oldest > self.max_wait
 
-    def _packed(self, bucket: list[Ticket], lane: Lane) -> list[Batch]:
+    def most(self, lane: Lane) -> int:
+        """Rows of a batch at most."""
+        return self.component_batch if lane is Lane.COMPONENT else self.max_batch
+
+    def _packed(self, bucket: list[Ticket]) -> list[Batch]:
         """The forwards of a bucket in batches, by rank; each goes to the first batch with room for it."""
         packed: list[list[Ticket]] = []
         room: list[int] = []
@@ -223,15 +233,15 @@ class Scheduler:
             at = next((i for i, free in enumerate(room) if free >= ticket.rows), len(room))
             if at == len(room):
                 packed.append([])
-                room.append(self.max_batch)
+                room.append(self.most(ticket.lane))
             packed[at].append(ticket)
             room[at] -= ticket.rows
-        return [Batch(lane, tuple(tickets)) for tickets in packed]
+        return [Batch(bucket[0].lane, tuple(tickets)) for tickets in packed]
 
 
 def _by_bucket(tickets: Iterable[Ticket]) -> list[list[Ticket]]:
     """Tickets of each bucket, in the order in which they come."""
     buckets: dict[Hashable, list[Ticket]] = {}
     for ticket in tickets:
-        buckets.setdefault(ticket.bucket, []).append(ticket)
+        buckets.setdefault((ticket.lane, ticket.bucket), []).append(ticket)
     return list(buckets.values())

@@ -123,7 +123,7 @@ def _examine(gate: Gate, forward: Forward, fresh: _Fresh, out: Any) -> Discovery
     alone, flops["full"] = _counted(lambda: forward(**single), compiled)
     assert gate.features is not None
     learnt = _learn(gate, features, gate.features, fresh.rows)
-    if row is not None and not _close(rowwise.tensors(alone), rowwise.take(out, row, fresh.rows)):
+    if row is not None and not close(rowwise.tensors(alone), rowwise.take(out, row, fresh.rows)):
         raise UnsupportedModelError(f"row {row} computed alone differs from the same row in its batch.")
     if learnt.ragged and row is not None:
         gate.mode, gate.forecast = Mode.CHECKED, _row_of(features, learnt, row, fresh.rows)
@@ -184,7 +184,7 @@ def _row_of(features: Features, learnt: Learnt, row: int, rows: int) -> Features
 
 
 def _demand(replay: Any, full: Any, verify: str, how: str) -> None:
-    if not _close(rowwise.tensors(replay), rowwise.tensors(full)):
+    if not close(rowwise.tensors(replay), rowwise.tensors(full)):
         raise UnsupportedModelError(
             f"replaying a full step as a draft ({how}) does not give its output: the model carries something past "
             f"{verify} that skipped blocks would have made."
@@ -235,7 +235,7 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _close(many: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+def close(many: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Each equal within rounding, as a ratio of norms: another batch size may choose another kernel."""
     return len(many) == len(others) and all(_close_one(a, b) for a, b in zip(many, others, strict=True))
 

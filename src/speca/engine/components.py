@@ -1,0 +1,172 @@
+"""Calls of a pipeline's other components, text encoders and autoencoders, put together like forwards of transformers.
+
+A request's copy of the pipeline has shallow copies of these modules, of the same class and with the same weights, whose
+entries ask the engine. The modules themselves are left as they are. What rows have to do with each other is not
+believed but tested: the first time two calls meet, they are run together and each alone, and compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model import rows as rowwise
+from ..model.probe import close
+from .activations import Peak
+from .packing import Tokens
+from .rendezvous import Chance
+
+ENTRIES = ("forward", "encode", "decode")
+"""What pipelines call of a component; whatever else they call runs in place."""
+
+
+class Yourself:
+    """The answer to a call that only who asked can run: it draws from the global random generators."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of another component than a transformer.
+
+    Attributes:
+        module, entry: what is called, and by what name.
+        arguments: by name, those without one by their place: "0", "1", ...
+        rows: the first dimension of its first tensor; 0 where it has none.
+    """
+
+    module: nn.Module
+    entry: str
+    arguments: dict[str, Any]
+    rows: int
+
+    @classmethod
+    def of(cls, module: nn.Module, entry: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+        """From what it was called with."""
+        arguments = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+        first = next((v for v in arguments.values() if isinstance(v, Tensor) and v.dim()), None)
+        return cls(module, entry, arguments, 0 if first is None else int(first.shape[0]))
+
+    def run(self, arguments: dict[str, Any] | None = None) -> Any:
+        """The component's own output, for its own arguments or for others of the same form."""
+        given = dict(self.arguments if arguments is None else arguments)
+        places = [given.pop(str(place)) for place in range(len(given)) if str(place) in given]
+        return getattr(self.module, self.entry)(*places, **given)
+
+
+@dataclass
+class Components:
+    """Which calls may be one, and how they are run as one.
+
+    Attributes:
+        devices: kinds of devices in use, whose random generators are watched.
+        drawing: components that draw from the global random generators, by identity and entry.
+        weighing: whether it is measured how many bytes a row takes while it runs.
+        most: the most that was measured, 0 before.
+    """
+
+    tokens: Tokens
+    devices: tuple[str, ...] = ("cpu",)
+    drawing: set[tuple[int, str]] = field(default_factory=set)
+    weighing: bool = False
+    most: int = 0
+    _weighed: set[Hashable] = field(default_factory=set)
+    _together: dict[Hashable, bool] = field(default_factory=dict)  # of each bucket that was tested
+
+    def bucket(self, call: Call) -> Hashable | None:
+        """Equal for calls that can be one; None for one that has to run alone."""
+        if not call.rows:
+            return None
+        signature = rowwise.signature(call.arguments, call.rows, self.tokens)
+        name = id(call.module), call.entry, signature
+        return name if self._together.get(name, True) else None
+
+    def run(self, calls: Sequence[Call]) -> list[Any]:
+        """What each of the calls of one bucket gives, `Yourself` where it must not be run here."""
+        before = Chance.here(self.devices)
+        outs = self._run_weighed(calls) if self.weighing else self._run(calls)
+        if Chance.here(self.devices) == before:
+            return outs
+        before.restore()
+        self.drawing.add((id(calls[0].module), calls[0].entry))
+        return [Yourself] * len(calls)
+
+    def _run_weighed(self, calls: Sequence[Call]) -> list[Any]:
+        """Run them, and once for each bucket measure what it takes."""
+        bucket = self.bucket(calls[0])
+        if bucket in self._weighed:
+            return self._run(calls)
+        self._weighed.add(bucket)
+        with Peak() as peak:
+            outs = [call.run() for call in calls]
+        self.most = max(self.most, peak.most // max(call.rows or 1 for call in calls))
+        return outs
+
+    def _run(self, calls: Sequence[Call]) -> list[Any]:
+        bucket = self.bucket(calls[0])
+        if len(calls) == 1 or bucket is None:
+            return [call.run() for call in calls]
+        if bucket in self._together:
+            return self._joined(calls)
+        alone = [call.run() for call in calls]
+        self._together[bucket] = False
+        if all(_only_tensors(out) for out in alone):
+            try:
+                joined = self._joined(calls)
+            except Exception:  # of a component that cannot take them together: then it need not
+                return alone
+            self._together[bucket] = all(
+                close(rowwise.tensors(one), rowwise.tensors(other)) for one, other in zip(joined, alone, strict=True)
+            )
+        return alone
+
+    def _joined(self, calls: Sequence[Call]) -> list[Any]:
+        counts = [call.rows for call in calls]
+        return rowwise.split(calls[0].run(rowwise.join([call.arguments for call in calls], counts)), counts)
+
+
+def adopt(pipe: Any, components: Components, ask: Callable[[Call], Any], leave: Sequence[nn.Module]) -> None:
+    """Let a request's own copy of a pipeline `ask` for what its components give, all but those to `leave`."""
+    for name, module in pipe.components.items():
+        if isinstance(module, nn.Module) and not any(module is other for other in leave):
+            setattr(pipe, name, _asking(module, components, ask))
+
+
+def _asking(module: nn.Module, components: Components, ask: Callable[[Call], Any]) -> nn.Module:
+    mine, home = copy.copy(module), _home(module)
+    for entry in ENTRIES:
+        if callable(getattr(module, entry, None)):
+            mine.__dict__[entry] = _entry(module, entry, home, components, ask)
+    return mine
+
+
+def _entry(
+    module: nn.Module, entry: str, home: object, components: Components, ask: Callable[[Call], Any]
+) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        call = Call.of(module, entry, args, kwargs)
+        # A pipeline that casts or moves a component for one call and then back must not be left in between.
+        if (id(module), entry) in components.drawing or _home(module) != home:
+            return call.run()
+        answer = ask(call)
+        return call.run() if answer is Yourself else answer
+
+    return run
+
+
+def _home(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
+    return next(((p.dtype, p.device) for p in module.parameters()), None)
+
+
+def _only_tensors(out: Any) -> bool:
+    """Whether an output is nothing but tensors, so that it can be taken apart by rows: caches and distributions are
+    not."""
+    if isinstance(out, dict):
+        return all(_only_tensors(value) for value in out.values())
+    if isinstance(out, (list, tuple)):
+        return all(_only_tensors(value) for value in out)
+    return out is None or isinstance(out, Tensor)
