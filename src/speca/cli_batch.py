@@ -61,7 +61,7 @@ def batch(
     pipe = request.load(model, dtype, device, threads)
     lines = read_lines(prompts, common, seed, lambda names: request.class_numbers(pipe, model, names))
     folder = Folder.open(out)
-    most = dict(max_batch=max_batch, component_batch=component_batch)
+    most: dict[str, Any] = dict(max_batch=max_batch, component_batch=component_batch)
     with Engine(pipe, config, **most, memory=memory, mode=mode) as engine:
         made = _make(engine, lines, folder, model, quiet=as_json)
     payload = {
