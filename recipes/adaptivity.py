@@ -1,13 +1,14 @@
 """Would it pay to spend by what a sample's own corrections say? A trial, on seeds that chose nothing.
 
-    python recipes/adaptivity.py fashion-dit --samples 48
+    python recipes/adaptivity.py fashion-dit --samples 128 --common 3
 
-All samples begin with the first five of ten placed full steps. How large their corrections have been by then (of the
-guided output where guidance is stacked) is set against how wrong they will be at the end, and the rest is placed for
-fewer or more full steps. A *policy* sends the easier share of samples to one number, the others to another. The policy
-that keeps a 5th percentile with the fewest full steps is chosen on tuning seeds, with a regression fitted there, and is
-judged on others; beside it stand fixed placements, and a policy that goes by the true error of ten full steps, which
-none can know.
+All samples begin with the first few of ten placed full steps (`--common`). How large their corrections have been by
+then, and how rough, is set against how wrong they will be at the end, and the rest is placed for fewer or more full
+steps. Corrections are those of the guided output where guidance is stacked; the *roughness* of one is the root mean
+square of its differences between neighbours. A *policy* sends the easier share of samples to one number, the others to
+another. The policy that keeps a 5th percentile with the fewest full steps is chosen on tuning seeds, with a regression
+fitted there, and is judged on others. Beside it stand fixed placements, a policy that draws lots (any mix of two
+placements lies between them), and one that goes by the true error of ten full steps, which none can know.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from speca.measure import example_call, generate, joined, run_once, split
 from speca.model.sampler import noise_axis, transitions
 from speca.zoo import call_arguments, resolve
 
-COMMON, BASE = 5, 10
-FIXED = (7, 8, 9, 10, 11, 12, 13, 14, 16)
+BASE = 10
+FIXED = (7, 8, 9, 10, 11, 12, 14)
 SHARES = (0.3, 0.5, 0.7, 0.8, 0.9)  # of the samples that a policy takes for the easy ones
 RIDGE = 10.0
 TUNING = 700000
@@ -50,6 +51,7 @@ def main(
     model: Annotated[str, typer.Argument(help="A bundled model.")] = "fashion-dit",
     samples: Annotated[int, typer.Option(help="Samples to tune on, and as many to report on.", min=8)] = 48,
     batch: Annotated[int, typer.Option(help="Samples in one call.", min=1)] = 16,
+    common: Annotated[int, typer.Option(help="Full steps before samples part.", min=3, max=6)] = 3,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
 ) -> None:
     """Run all placements and continuations on both sets of seeds, and print what policies would have spent."""
@@ -66,11 +68,11 @@ def main(
     linear, _ = transitions(pipe.scheduler)
     assert len(linear) == calibration.steps, "the placements are for another run than the one they are played in"
     prior, path = calibration.prior.at(noise_axis(pipe.scheduler)), tuple(linear)
-    common = place(prior, path, BASE).steps[:COMMON]
+    start = place(prior, path, BASE).steps[:common]
     plans = {("fixed", k): place(prior, path, k).steps for k in FIXED}
-    plans |= {("split", k): continued(prior, path, common, k) for k in FIXED}
+    plans |= {("split", k): continued(prior, path, start, k) for k in FIXED}
     sets = [Trial(pipe, model, range(first, first + samples), batch, calibration, plans) for first in (TUNING, 0)]
-    show(model, *sets)
+    show(model, *sets, common - 2)
 
 
 def continued(prior: Prior, path: Sequence[Transition], common: Sequence[int], count: int) -> tuple[int, ...]:
@@ -90,8 +92,8 @@ def continued(prior: Prior, path: Sequence[Transition], common: Sequence[int], c
 
 
 class Trial:
-    """What every plan gives for each sample of `seeds`: `decibels` by plan, and in dB `all_corrections` (samples, 8) of
-    ten full steps, of which `corrections` are those of the full steps in common."""
+    """What every plan gives for each sample of `seeds`: `decibels` by plan, and the `corrections` of ten full steps, in
+    dB: (samples, 8, 2) sizes and roughness."""
 
     def __init__(
         self, pipe: Any, model: str, seeds: Sequence[int], batch: int, calibration: Calibration,
@@ -114,13 +116,13 @@ class Trial:
             if (kind, count) == ("fixed", BASE):
                 each, calls = BASE - 2, len(moves) // (BASE - 2)  # the first two full steps correct nothing
                 parts = [torch.stack(moves[i * each : (i + 1) * each], 1) for i in range(calls)]
-                self.all_corrections = torch.cat(parts).double().numpy()
-        self.corrections = self.all_corrections[:, : COMMON - 2]
+                self.corrections = torch.cat(parts).double().numpy()
 
 
 @contextmanager
 def recorded(rows: int, guidance: float) -> Iterator[list[torch.Tensor]]:
-    """Sizes of corrections of runs within, in dB: a tensor (rows,) for each full step of calls of `rows` samples."""
+    """Sizes and roughness of corrections of runs within, in dB: (rows, 2) for each full step of calls of `rows`
+    samples."""
     found: list[torch.Tensor] = []
     original = Corrector.move
 
@@ -130,7 +132,9 @@ def recorded(rows: int, guidance: float) -> Iterator[list[torch.Tensor]]:
         if len(gap) == 2 * rows:  # cond and uncond in halves of one call
             cond, uncond = gap.chunk(2)
             known = uncond + guidance * (cond - uncond)
-        found.append(20 * (known.flatten(1).square().mean(1).sqrt() / here.size).log10())
+        across = known.diff(dim=1 if known.dim() == 3 else -1)  # along a row of a picture, or of its tokens
+        each = [part.flatten(1).square().mean(1).sqrt() / here.size for part in (known, across)]
+        found.append(20 * torch.stack(each, 1).log10())
         return gap, size
 
     Corrector.move = move  # type: ignore[method-assign]
@@ -140,12 +144,14 @@ def recorded(rows: int, guidance: float) -> Iterator[list[torch.Tensor]]:
         Corrector.move = original  # type: ignore[method-assign]
 
 
-def fitted(trial: Trial) -> tuple[Array, Array, Array]:
-    """Mean and spread of the corrections, and the weights of a ridge regression of the error on them."""
-    x, error = trial.corrections, -trial.decibels["fixed", BASE]
+def predicted(known: Trial, trials: Sequence[Trial], seen: int, kinds: Sequence[int]) -> list[Array]:
+    """The error of ten full steps of each trial, by a ridge regression on the first `seen` corrections of `known`."""
+    x, error = known.corrections[:, :seen, kinds].reshape(len(known.corrections), -1), -known.decibels["fixed", BASE]
     mean, spread = x.mean(0), x.std(0)
     a = (x - mean) / spread
-    return mean, spread, np.linalg.solve(a.T @ a + RIDGE * np.eye(a.shape[1]), a.T @ (error - error.mean()))
+    weights = np.linalg.solve(a.T @ a + RIDGE * np.eye(a.shape[1]), a.T @ (error - error.mean()))
+    each = [t.corrections[:, :seen, kinds].reshape(len(t.corrections), -1) for t in trials]
+    return [(values - mean) / spread @ weights for values in each]
 
 
 def played(trial: Trial, policy: Policy, cut: float, difficulty: Array) -> tuple[float, float]:
@@ -157,19 +163,26 @@ def played(trial: Trial, policy: Policy, cut: float, difficulty: Array) -> tuple
     return float(count.mean()), float(np.quantile(made, 0.05))
 
 
-def show(model: str, tuning: Trial, fresh: Trial) -> None:
+def show(model: str, tuning: Trial, fresh: Trial, seen: int) -> None:
     """Rank correlations; then for fixed placements, policies that keep their 5th percentile of the tuning seeds."""
-    error = torch.from_numpy(-fresh.decibels["fixed", BASE])
-    each = [spearman(torch.from_numpy(fresh.all_corrections[:, k].copy()), error) for k in range(BASE - 2)]
-    print(f"{model}: rank correlation of each correction with the error of {BASE} full steps:")
-    print("  " + ", ".join(f"{value:.2f}" for value in each))
-    mean, spread, weights = fitted(tuning)
+    error, both = torch.from_numpy(-fresh.decibels["fixed", BASE]), (tuning, fresh)
+    print(f"{model}: rank correlation of each correction with the error of {BASE} full steps, fresh seeds:")
+    for name, kind in (("size", 0), ("roughness", 1)):
+        each = [spearman(torch.from_numpy(fresh.corrections[:, k, kind].copy()), error) for k in range(BASE - 2)]
+        print(f"  {name:<10}" + ", ".join(f"{value:.2f}" for value in each))
+    print("of a regression on all corrections up to each:")
+    for name, kinds in (("size", [0]), ("both", [0, 1])):
+        known = [torch.from_numpy(predicted(tuning, [fresh], k + 1, kinds)[0]) for k in range(BASE - 2)]
+        print(f"  {name:<10}" + ", ".join(f"{spearman(value, error):.2f}" for value in known))
+    chance = np.random.default_rng(0)
     scores = {
-        "by corrections": [(t.corrections - mean) / spread @ weights for t in (tuning, fresh)],
-        "by the true error": [-t.decibels["fixed", BASE] for t in (tuning, fresh)],
+        "by lots": [chance.random(len(t.corrections)) for t in both],
+        "by size": predicted(tuning, both, seen, [0]),
+        "by size and roughness": predicted(tuning, both, seen, [0, 1]),
+        "by the true error": [-t.decibels["fixed", BASE] for t in both],
     }
     table = Table("P5 wanted", "policy", "full steps, tuning", "full steps, fresh", "P5 fresh")
-    for wanted in (9, 10, 12, 13):
+    for wanted in (8, 9, 10, 12):
         target = float(np.quantile(tuning.decibels["fixed", wanted], 0.05))
         least = next(k for k in FIXED if np.quantile(tuning.decibels["fixed", k], 0.05) >= target)
         kept = float(np.quantile(fresh.decibels["fixed", least], 0.05))

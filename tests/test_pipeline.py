@@ -296,6 +296,17 @@ def test_one_device_read_per_checked_draft(case: tiny.Case) -> None:
     assert report.host_reads == branches * decisions(case)[0].count("A")
 
 
+@pytest.mark.parametrize("min_draft", [0, 1])
+def test_the_report_says_which_drafts_were_checked(case: tiny.Case, min_draft: int) -> None:
+    speca.enable(case.pipe, **{**LOOSE, "min_draft": min_draft})
+    case(SEEDS)
+    report = speca.report(case.pipe)
+    for sample, told in zip(report.samples, report.to_dict()["samples"], strict=True):
+        drafts = [i for i, letter in enumerate(sample.decisions) if letter == "A"]
+        unchecked = [i for i in drafts if min_draft and sample.decisions[i - 1] == "F"]
+        assert told["checked"] == list(sample.checked) == sorted(set(drafts) - set(unchecked))
+
+
 # -- wrong input --------------------------------------------------------------------------------------
 def test_wrong_input_is_one_clear_sentence() -> None:
     case = tiny.dit()

@@ -151,7 +151,7 @@ class Session:
 
 
 def report(target: Any) -> Report:
-    """Per sample: full, accepted, rejected, worst error; in all: FLOPs and time against full.
+    """Per sample: full, accepted, rejected, checked, worst error; in all: FLOPs and time against full.
 
     Of a pipeline: its last run, all its transformers together. Of a transformer: the last run it took part in.
 

@@ -13,6 +13,7 @@ from .core.controller import ACCEPTED, FULL, REJECTED, Trajectory
 
 COST = {ACCEPTED: 0, FULL: 1, REJECTED: 2}
 COLOURS = {FULL: "#1f3b57", ACCEPTED: "#8fd0a5", REJECTED: "#d8573c"}
+DOT: dict[str, Any] = dict(s=6, color="#1f3b57", linewidth=0, zorder=3)
 MEANING = {FULL: "full", ACCEPTED: "draft accepted", REJECTED: "draft rejected, recomputed"}
 
 
@@ -43,6 +44,11 @@ class SampleReport:
         return self.decisions.count(REJECTED)
 
     @property
+    def checked(self) -> tuple[int, ...]:
+        """Places in `decisions` of the drafts that the verify block has checked."""
+        return tuple(place for place, error in enumerate(self.errors) if error is not None)
+
+    @property
     def worst_error(self) -> float | None:
         """Largest verification error among accepted drafts, None if none was verified."""
         kept = [e for e, d in zip(self.errors, self.decisions, strict=True) if e is not None and d == ACCEPTED]
@@ -52,7 +58,7 @@ class SampleReport:
         """Plain values."""
         return dict(
             index=self.index, full=self.full, accepted=self.accepted, rejected=self.rejected,
-            worst_error=self.worst_error, decisions=self.decisions,
+            worst_error=self.worst_error, decisions=self.decisions, checked=list(self.checked),
         )  # fmt: skip
 
     @classmethod
@@ -129,16 +135,18 @@ class Report:
             f"{self.model}: {self.steps} steps, {len(self.samples)} samples",
             f"  {self.flops_speedup:.2f}x fewer FLOPs ({self.flops / 1e9:.2f} of {self.flops_full / 1e9:.2f} GFLOPs), "
             f"{wall}{self.bytes_per_sample / 2**20:.2f} MiB kept per sample",
-            "  sample  full  accepted  rejected  worst error",
+            "  sample  full  accepted  rejected  checked  worst error",
         ]
         for s in self.samples:
             worst = "-" if s.worst_error is None else f"{s.worst_error:.4f}"
-            lines.append(f"  {s.index:6d}  {s.full:4d}  {s.accepted:8d}  {s.rejected:8d}  {worst:>11}")
+            counts = f"{s.full:4d}  {s.accepted:8d}  {s.rejected:8d}  {len(s.checked):7d}"
+            lines.append(f"  {s.index:6d}  {counts}  {worst:>11}")
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
 
     def plot(self, path: str | Path) -> None:
-        """Write a picture of which steps of which sample were full, accepted and rejected (PNG, SVG or PDF)."""
+        """Write a picture of which steps of which sample were full, accepted, rejected and checked (PNG, SVG, PDF)."""
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
         from matplotlib.patches import Patch, Rectangle
 
         rows = len(self.samples)
@@ -148,6 +156,7 @@ class Report:
         for y, sample in enumerate(self.samples):
             for x, letter in enumerate(sample.decisions):
                 axes.add_patch(Rectangle((x + 0.04, y - 0.42), 0.92, 0.84, color=COLOURS[letter], linewidth=0))
+            axes.scatter([x + 0.5 for x in sample.checked], [y] * len(sample.checked), **DOT)
             axes.text(steps + 0.4, y, f"{sample.full + sample.rejected}", va="center", fontsize=8)
         axes.set(
             xlim=(0, steps + 2.5), ylim=(rows - 0.4, -0.8), xlabel="denoising step", ylabel="sample",
@@ -156,6 +165,8 @@ class Report:
         axes.text(steps + 0.4, -0.75, "computed", fontsize=7, va="bottom", ha="center")
         axes.set_title(f"{self.model}: {self.flops_speedup:.2f}x fewer FLOPs over {self.steps} steps", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        handles = [Patch(color=COLOURS[k], label=MEANING[k]) for k in (FULL, ACCEPTED, REJECTED)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        handles: list[Any] = [Patch(color=COLOURS[k], label=MEANING[k]) for k in (FULL, ACCEPTED, REJECTED)]
+        if any(s.checked for s in self.samples):
+            handles.append(Line2D([], [], marker="o", linestyle="", color="#1f3b57", markersize=3, label="checked"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
         figure.savefig(path, dpi=130)
