@@ -110,9 +110,9 @@ def main(
         each = made.report.samples
         counts = [float(np.mean([number(s) for s in each])) for number in (_computed, _checked, _rejected)]
         median, low = (float(np.quantile(psnr(made.images, full), q)) for q in (0.5, 0.05))
-        rows.append((f"{when}, {tolerance}, tau {tau}", Row(made.report.flops_speedup, *counts, median, low)))
+        rows.append((f"{when}, {tolerance}, {tau}", Row(made.report.flops_speedup, *counts, median, low)))
     never = [row for name, row in rows if name.startswith("never")]
-    table = Table("drafts checked, tolerance", "FLOPs", "full steps", "checked", "rejected", "PSNR", "P5", *OVER)
+    table = Table("checked, tolerance, tau", "FLOPs", "full steps", "checked", "rejected", "PSNR", "P5", *OVER)
     for name, row in rows:
         gains = ["", ""] if row in never else [over(row, never, "speed"), over(row, never, "full")]
         table.add_row(name, f"{row.speed:.2f}x", *(f"{value:.1f}" for value in row[1:]), *gains)
