@@ -8,7 +8,13 @@ import diffusers
 import pytest
 import torch
 
+from speca.model import sampler
 from speca.model.sampler import transitions
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known() -> None:
+    sampler._known.clear()
 
 
 def ready(name: str, **config: Any) -> Any:
@@ -32,9 +38,14 @@ def test_a_scheduler_that_stands_somewhere_has_the_same_path(name: str) -> None:
     scheduler = ready(name)
     untouched, _ = transitions(scheduler)
     scheduler.set_begin_index(0)
+    sampler._known.clear()
     assert transitions(scheduler)[0] == untouched
     scheduler.step(torch.ones(1, 4, 8, 8), scheduler.timesteps[0], torch.ones(1, 4, 8, 8))
+    sampler._known.clear()
     assert transitions(scheduler)[0] == untouched
+    known = len(sampler._known)
+    scheduler.step(torch.ones(1, 4, 8, 8), scheduler.timesteps[1], torch.ones(1, 4, 8, 8))
+    assert transitions(scheduler)[0] == untouched and len(sampler._known) == known, "where it stands is no part of it"
     assert len({t.signal for t in untouched} | {t.size for t in untouched}) > len(untouched) // 2
 
 
@@ -79,3 +90,49 @@ def test_trying_leaves_no_trace(name: str) -> None:
     found, _ = transitions(scheduler)
     assert len(found) == 12 and torch.equal(torch.get_rng_state(), state)
     assert vars(scheduler).keys() == before.keys() and all(vars(scheduler)[k] is v for k, v in before.items())
+
+
+def test_equal_schedulers_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    real = sampler._tried
+    monkeypatch.setattr(sampler, "_tried", lambda *args: tried.append(type(args[0]).__name__) or real(*args))
+    for _ in range(3):
+        first = ready("DDIMScheduler", clip_sample=False)
+        transitions(first, eta=0.0)
+    assert len(tried) == 1
+    others: list[tuple[Any, dict[str, Any]]] = [
+        (first, dict(eta=0.5)),
+        (ready("DDIMScheduler", clip_sample=False, beta_end=0.03), dict(eta=0.0)),
+        (ready("DDPMScheduler", clip_sample=False), dict(eta=0.0)),
+    ]
+    longer = ready("DDIMScheduler", clip_sample=False)
+    longer.set_timesteps(11)
+    moved = ready("DDIMScheduler", clip_sample=False)
+    moved.timesteps[3] += 1
+    others += [(longer, dict(eta=0.0)), (moved, dict(eta=0.0))]
+    for number, (scheduler, given) in enumerate(others, 2):
+        assert transitions(scheduler, **given)[0] == real(scheduler, given)[0]
+        assert len(tried) == number, f"{scheduler} was taken for another one"
+
+
+def test_a_step_of_ones_own_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = ready("FlowMatchEulerDiscreteScheduler")
+    plain, _ = transitions(scheduler)
+    step = type(scheduler).step
+
+    def slower(self: Any, out: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return step(self, out / 2, *args, **kwargs)
+
+    scheduler.told = print  # what cannot be compared is no reason to take it for the other, nor to fail
+    assert transitions(scheduler)[0] == plain and len(sampler._known) == 1
+    del scheduler.told
+    monkeypatch.setattr(type(scheduler), "step", slower)
+    assert [t.move for t in transitions(scheduler)[0]] == pytest.approx([t.move / 2 for t in plain])
+
+
+def test_what_is_kept_is_bounded() -> None:
+    for steps in range(4, 4 + sampler.KEPT + 8):
+        scheduler = ready("FlowMatchEulerDiscreteScheduler")
+        scheduler.set_timesteps(steps)
+        assert len(transitions(scheduler)[0]) == steps
+    assert len(sampler._known) <= sampler.KEPT

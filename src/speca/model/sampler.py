@@ -2,14 +2,18 @@
 
 No table of any scheduler is copied. A copy of the scheduler is stepped through all its timesteps, twice with the same
 noise and different numbers; the difference of the two shows the coefficients, and whether that is all there is to it.
+That takes as long as a few forwards of a small model, so what was found is kept for schedulers that are equal in all
+they consist of.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,9 +23,14 @@ from .stack import callers
 SHAPE = (1, 4, 8, 8)
 STILL = 1e-6  # a step that moves a sample by less per unit of output, as the last of some schedules, only keeps it
 TOLERANCE = 1e-4  # of what is left unexplained, relative; schedulers compute in fp32
+STATE = ("_step_index", "_begin_index")  # where a scheduler stands: not part of what it is
+KEPT = 64
+
+Found = tuple[tuple[Transition, ...], str]
+_known: dict[Hashable, Found] = {}
 
 
-def transitions(scheduler: Any, **given: Any) -> tuple[tuple[Transition, ...], str]:
+def transitions(scheduler: Any, **given: Any) -> Found:
     """The linear step at each of the scheduler's timesteps, or none and the reason.
 
     Multistep and second-order schedulers keep outputs of earlier steps and mix them in, so what a step does is more
@@ -31,10 +40,41 @@ def transitions(scheduler: Any, **given: Any) -> tuple[tuple[Transition, ...], s
         scheduler: after `set_timesteps`. It is left as it was, as is the global random state.
         **given: further arguments of its `step`, such as `eta`.
     """
-    name = type(scheduler).__name__
     if getattr(scheduler, "timesteps", None) is None:
-        return (), f"{name} has no timesteps yet"
-    numbers = torch.Generator().manual_seed(0)
+        return (), f"{type(scheduler).__name__} has no timesteps yet"
+    try:
+        parts = {n: v for n, v in vars(scheduler).items() if n not in STATE}
+        key = type(scheduler), type(scheduler).step, _content(parts), _content(given)
+    except TypeError:  # it holds something that cannot be compared
+        return _tried(scheduler, given)
+    if key not in _known:
+        if len(_known) >= KEPT:
+            _known.clear()
+        _known[key] = _tried(scheduler, given)
+    return _known[key]
+
+
+def _content(value: Any) -> Hashable:
+    """Equal for values of equal content. Raises TypeError for anything but plain values, arrays and containers."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), _bytes(value)
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
+        return value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return type(value), tuple((name, _content(part)) for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_content(part) for part in value)
+    raise TypeError(f"{type(value).__name__} has no content that could be compared")
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _tried(scheduler: Any, given: dict[str, Any]) -> Found:
+    name, numbers = type(scheduler).__name__, torch.Generator().manual_seed(0)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             one, other = (_trace(scheduler, numbers, given) for _ in range(2))
@@ -68,7 +108,7 @@ def step_arguments() -> dict[str, Any]:
 def noise_axis(scheduler: Any) -> tuple[float, ...]:
     """Diffusion time at each of the scheduler's timesteps: about 1 at pure noise, falling."""
     trained = float(getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000)
-    return tuple(float(t) / trained for t in scheduler.timesteps)
+    return tuple(t / trained for t in torch.as_tensor(scheduler.timesteps).tolist())
 
 
 def _on_path(step: Transition, signal: float, size: float, after: float) -> Transition:
@@ -92,7 +132,7 @@ def _path(scheduler: Any, noise: float) -> list[float]:
 def _fresh(scheduler: Any) -> Any:
     """A copy that has not been stepped: one that has takes every timestep for the one it stands at."""
     trial = copy.deepcopy(scheduler)
-    for index in ("_step_index", "_begin_index"):
+    for index in STATE:
         if hasattr(trial, index):
             setattr(trial, index, None)
     return trial
