@@ -51,8 +51,11 @@ def main(
     console.print(table)
     known = {(r["method"], r["value"]): r for r in map(_hashable, measured(first))}
     pairs = [(known[key], r) for r in map(_hashable, measured(second)) if (key := (r["method"], r["value"])) in known]
-    same = sum(a["psnr"] == b["psnr"] for a, b in pairs)
-    console.print(f"{same} of {len(pairs)} settings gave the same PSNR for every sample")
+    apart = [max(abs(x - y) for x, y in zip(a["psnr"], b["psnr"], strict=True)) for a, b in pairs]
+    same = sum(value == 0 for value in apart)
+    console.print(
+        f"{same} of {len(pairs)} settings gave the same PSNR for every sample, others within {max(apart):.3f} dB"
+    )
     ratios = [b["wall_speedup"] / a["wall_speedup"] for a, b in pairs if a["wall_speedup"] and b["wall_speedup"]]
     if ratios:
         off = sorted(abs(ratio - 1) for ratio in ratios)
