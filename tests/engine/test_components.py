@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +137,37 @@ def test_what_they_take_counts_towards_the_memory(pipe: Any) -> None:
         weighed = engine._hub.scheduler.component
     side = 28 * 28 * 4
     assert 16 * side < weighed < 10_000 * side  # of its last, widest maps it holds several
+
+
+def test_nothing_of_a_call_is_kept() -> None:
+    """What is known of a component must not hold its inputs, such as the cache of a language model."""
+
+    class Cache:
+        pass
+
+    class Part(torch.nn.Module):
+        def forward(self, a: Tensor, cache: Cache) -> Tensor:
+            return a
+
+    part, components = Part(), Components(Tokens(), weighing=True)
+    caches = [Cache() for _ in range(3)]
+    kept = [weakref.ref(cache) for cache in caches]
+    for cache in caches:
+        components.run([Call.of(part, "forward", (torch.ones(1, 2), cache), {})])
+    del cache, caches
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+
+
+def test_what_fails_after_it_has_drawn_leaves_the_generators() -> None:
+    class Part(torch.nn.Module):
+        def forward(self, a: Tensor) -> Tensor:
+            raise ArithmeticError(float(torch.rand(())))
+
+    components, before = Components(Tokens()), torch.get_rng_state()
+    with pytest.raises(ArithmeticError):
+        components.run([Call.of(Part(), "forward", (torch.ones(1, 2),), {})])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_call_is_run_as_it_was_made() -> None:

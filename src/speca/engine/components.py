@@ -74,7 +74,7 @@ class Components:
     drawing: set[tuple[int, str]] = field(default_factory=set)
     weighing: bool = False
     most: int = 0
-    _weighed: set[Hashable] = field(default_factory=set)
+    _weighed: set[tuple[int, str, tuple[torch.Size, ...]]] = field(default_factory=set)
     _together: dict[Hashable, bool] = field(default_factory=dict)  # of each bucket that was tested
 
     def bucket(self, call: Call) -> Hashable | None:
@@ -87,20 +87,22 @@ class Components:
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """What each of the calls of one bucket gives, `Yourself` where it must not be run here."""
-        before = Chance.here(self.devices)
-        outs = self._run_weighed(calls) if self.weighing else self._run(calls)
-        if Chance.here(self.devices) == before:
-            return outs
-        before.restore()
-        self.drawing.add((id(calls[0].module), calls[0].entry))
-        return [Yourself] * len(calls)
+        before, drew = Chance.here(self.devices), False
+        try:
+            outs = self._run_weighed(calls) if self.weighing else self._run(calls)
+        finally:
+            if drew := Chance.here(self.devices) != before:
+                before.restore()
+                self.drawing.add((id(calls[0].module), calls[0].entry))
+        return [Yourself] * len(calls) if drew else outs
 
     def _run_weighed(self, calls: Sequence[Call]) -> list[Any]:
-        """Run them, and once for each bucket measure what it takes."""
-        bucket = self.bucket(calls[0])
-        if bucket in self._weighed:
+        """Run them, and measure once what a module takes for inputs of these shapes."""
+        first = calls[0]
+        shapes = tuple(v.shape[1:] for v in first.arguments.values() if isinstance(v, Tensor))
+        if (what := (id(first.module), first.entry, shapes)) in self._weighed:
             return self._run(calls)
-        self._weighed.add(bucket)
+        self._weighed.add(what)
         with Peak() as peak:
             outs = [call.run() for call in calls]
         self.most = max(self.most, peak.most // max(call.rows or 1 for call in calls))
