@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -128,6 +129,14 @@ def test_a_step_of_ones_own_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     del scheduler.told
     monkeypatch.setattr(type(scheduler), "step", slower)
     assert [t.move for t in transitions(scheduler)[0]] == pytest.approx([t.move / 2 for t in plain])
+
+
+def test_a_scheduler_of_ones_own_needs_no_class() -> None:
+    own = SimpleNamespace(timesteps=torch.arange(4, 0, -1))
+    own.step = lambda out, t, x, return_dict=False: (x - out * t / 10,)
+    found, reason = transitions(own)
+    assert not reason and [step.move for step in found] == pytest.approx([-0.4, -0.3, -0.2, -0.1], abs=1e-6)
+    assert transitions(SimpleNamespace(timesteps=own.timesteps))[1].startswith("SimpleNamespace cannot be tried")
 
 
 def test_what_is_kept_is_bounded() -> None:

@@ -44,14 +44,16 @@ def transitions(scheduler: Any, **given: Any) -> Found:
         return (), f"{type(scheduler).__name__} has no timesteps yet"
     try:
         parts = {n: v for n, v in vars(scheduler).items() if n not in STATE}
-        key = type(scheduler), type(scheduler).step, _content(parts), _content(given)
+        key = type(scheduler), getattr(type(scheduler), "step", None), _content(parts), _content(given)
     except TypeError:  # it holds something that cannot be compared
         return _tried(scheduler, given)
-    if key not in _known:
+    found = _known.get(key)
+    if found is None:
+        found = _tried(scheduler, given)
         if len(_known) >= KEPT:
             _known.clear()
-        _known[key] = _tried(scheduler, given)
-    return _known[key]
+        _known[key] = found
+    return found
 
 
 def _content(value: Any) -> Hashable:
