@@ -28,8 +28,7 @@ class Tokens:
         version = None if tensor.is_inference() else tensor._version
         kept = self._seen.get(tensor)
         if kept is None or kept[0] != version:
-            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            digest = hashlib.blake2b(content, digest_size=16).digest()
+            digest = hashlib.blake2b(rowwise.content(tensor), digest_size=16).digest()
             kept = self._seen[tensor] = version, (tensor.shape, tensor.dtype, tensor.device, digest)
         token: Hashable = kept[1]
         return token

@@ -122,6 +122,11 @@ def _one_each(value: Sequence[Any], total: int, listed: bool) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ calls put together
+def content(tensor: Tensor) -> bytes:
+    """The numbers of a tensor, read from its device."""
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
 Token = Callable[[Tensor], Hashable]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.corrector import Transition
+from .rows import content
 from .stack import callers
 
 SHAPE = (1, 4, 8, 8)
@@ -61,7 +62,7 @@ def _content(value: Any) -> Hashable:
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         return type(value), value
     if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape), _bytes(value)
+        return value.dtype, tuple(value.shape), content(value)
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
         return value.dtype.str, value.shape, value.tobytes()
     if isinstance(value, dict):
@@ -69,10 +70,6 @@ def _content(value: Any) -> Hashable:
     if isinstance(value, (list, tuple)):
         return type(value), tuple(_content(part) for part in value)
     raise TypeError(f"{type(value).__name__} has no content that could be compared")
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _tried(scheduler: Any, given: dict[str, Any]) -> Found:
