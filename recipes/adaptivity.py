@@ -127,15 +127,15 @@ def recorded(rows: int, guidance: float) -> Iterator[list[torch.Tensor]]:
     original = Corrector.move
 
     def move(self: Corrector, index: Any, out: Any, omega: Any, here: Transition) -> Any:
-        gap, size = original(self, index, out, omega, here)
-        known = gap
+        moves, size = original(self, index, out, omega, here)
+        known = gap = moves[0]
         if len(gap) == 2 * rows:  # cond and uncond in halves of one call
             cond, uncond = gap.chunk(2)
             known = uncond + guidance * (cond - uncond)
         across = known.diff(dim=1 if known.dim() == 3 else -1)  # along a row of a picture, or of its tokens
         each = [part.flatten(1).square().mean(1).sqrt() / here.size for part in (known, across)]
         found.append(20 * torch.stack(each, 1).log10())
-        return gap, size
+        return moves, size
 
     Corrector.move = move  # type: ignore[method-assign]
     try:

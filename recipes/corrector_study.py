@@ -73,9 +73,10 @@ def _moves() -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Every move made inside, with its estimated error."""
     original, found = core.Corrector.move, []
 
-    def watched(*args: Any) -> tuple[Tensor, Tensor]:
-        found.append(original(*args))
-        return found[-1]
+    def watched(*args: Any) -> tuple[list[Tensor], Tensor]:
+        moves, sizes = original(*args)
+        found.append((moves[0], sizes))
+        return moves, sizes
 
     core.Corrector.move = watched  # type: ignore[method-assign, assignment]
     try:

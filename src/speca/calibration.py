@@ -39,7 +39,8 @@ class Calibration:
     """The prior of a model, the loosest tolerance that met a target with it, what that gives, and what it was found on.
 
     Attributes:
-        model, scheduler: classes of the transformer and the scheduler; `enable` refuses others.
+        model: class of the transformer; `enable` refuses others.
+        scheduler: class of the scheduler. The prior serves others too, what was promised was measured with this one.
         steps: denoising steps.
         target_psnr, confidence: what was asked: at least so many dB for this share of fresh samples.
         tolerance: what was found; `SpecaConfig.tolerance`.
@@ -108,21 +109,16 @@ class Calibration:
     def beside(cls, pipe: Any) -> Calibration | None:
         """The calibration in the folder that a pipeline was loaded from, if there is one that fits it."""
         folder = Path(str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or ""))
-        transformer, scheduler = getattr(pipe, "transformer", None), getattr(pipe, "scheduler", None)
         file = folder / BESIDE
         if not file.is_file():
             return None
         found = _read(file, file.stat().st_mtime_ns)
-        fits = (found.model, found.scheduler) == (type(transformer).__name__, type(scheduler).__name__)
-        return found if fits else None
+        return found if found.model == type(getattr(pipe, "transformer", None)).__name__ else None
 
-    def demand_fit(self, model: str, scheduler: str | None) -> None:
-        """Raise `ConfigError` unless it was made for this class of transformer and of scheduler (None: not known)."""
-        if model != self.model or scheduler not in (None, self.scheduler):
-            raise ConfigError(
-                f"the calibration was made for {self.model} with {self.scheduler}, and this is {model} with "
-                f"{scheduler}; calibrate again."
-            )
+    def demand_fit(self, model: str) -> None:
+        """Raise `ConfigError` unless it was made for this class of transformer."""
+        if model != self.model:
+            raise ConfigError(f"the calibration was made for {self.model}, and this is {model}; calibrate again.")
 
     def __str__(self) -> str:
         return (

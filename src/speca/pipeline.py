@@ -52,13 +52,13 @@ def enable(
         **overrides: any field of `SpecaConfig`.
 
     Raises:
-        ConfigError: an unknown preset or setting, a value out of range, a calibration of another model or scheduler, a
+        ConfigError: an unknown preset or setting, a value out of range, a calibration of another model, a
             cache of diffusers that is enabled, or block lists that another accelerated model shares.
         UnsupportedModelError: no diffusion transformer here, for instance a UNet.
     """
     models = transformers_of(target)
     config = SpecaConfig.build(preset, **overrides)
-    known = _known(calibration, target, models[0], scheduler)
+    known = _known(calibration, target, models[0])
     if isinstance(target, nn.Module) and scheduler is None and num_inference_steps is None:
         raise ConfigError(
             "a bare transformer does not know where a step stands; pass scheduler= (the one you step) "
@@ -83,15 +83,14 @@ def enable(
     return target
 
 
-def _known(calibration: Any, target: Any, model: nn.Module, scheduler: Any) -> Calibration | Prior | None:
+def _known(calibration: Any, target: Any, model: nn.Module) -> Calibration | Prior | None:
     """The calibration that was given, which has to fit, or the one that the pipeline came with."""
     if calibration is None:
         return Calibration.beside(target)
     if calibration is False or isinstance(calibration, Prior):
         return calibration or None
     found = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-    used = scheduler if scheduler is not None else getattr(target, "scheduler", None)
-    found.demand_fit(type(model).__name__, None if used is None else type(used).__name__)
+    found.demand_fit(type(model).__name__)
     return found
 
 

@@ -54,9 +54,10 @@ def record(pipe: DiffusionPipeline, call: dict[str, Any], seeds: Sequence[int], 
         total = total + share * torch.einsum("bid,bjd->ij", samples, samples)
     linear, reason = transitions(pipe.scheduler, **{n: v for n, v in call.items() if n == "eta"})
     if not linear:
-        raise InputError(f"there is nothing to calibrate: {reason}. Use a linear sampler, such as flow Euler or DDIM.")
+        raise InputError(f"there is nothing to calibrate: {reason}. Use a linear sampler: flow Euler, DDIM, UniPC, ...")
     moments = (total + total.T).numpy() / 2
-    return Recording(Prior(noise_axis(pipe.scheduler), moments), linear, torch.cat(images))
+    prior = Prior(noise_axis(pipe.scheduler), moments, noisy=linear[0].noisy)
+    return Recording(prior, linear, torch.cat(images))
 
 
 @contextmanager

@@ -204,6 +204,10 @@ class Run:
         if course.begin or not speculator.config.corrector:
             course.note("the prior is not used: it needs the corrector, and a run from the first step on.")
             return None
+        if measured is not None and measured.noisy != linear[0].noisy:
+            other = "adds noise at each step" if measured.noisy else "adds none"
+            course.note(f"the prior is not used: it was measured with a sampler that {other}, unlike this one.")
+            return None
         prior = course.prior(measured, linear)
         if branch.last < 0 and prior is not None:
             speculator.place(branch, prior, linear)

@@ -140,6 +140,8 @@ class Speculator:
             lacking = corrector.pulled(taken, self._weights([by_row[row] for row in taken], work))
             main.index_add_(0, part, lacking.to(main.dtype))
         corrector.draft(taken, main[part], self._where(work), transition)
+        if (paid := corrector.pay(taken, transition)) is not None:
+            main.index_add_(0, part, paid.to(main.dtype))
 
     def _correct(self, work: Work, trajectories: Sequence[Trajectory], out: Any) -> None:
         """Move samples by what their full step tells of the drafts before it, through the model's output `out`."""
@@ -156,17 +158,18 @@ class Speculator:
         told, transition = main.clone(), work.transitions[work.position.index]
         change = torch.zeros_like(told, dtype=torch.float32)
         drafted = [t for t in trajectories if corrector.drafts[t.rows[0]]]
-        if drafted and abs(transition.move) > TINY:
+        if drafted and not transition.still:
             moved, index = _rows(drafted), {row: i for i, row in enumerate(rows)}
             rule = polynomial if work.prior is None else work.prior.rule
             of = {row: quadrature([here, *t.anchors], corrector.drafts[row], rule) for t in drafted for row in t.rows}
             part = torch.tensor([index[row] for row in moved], device=main.device)
-            move, sizes = corrector.move(moved, told[part], [of[row] for row in moved], transition)
+            moves, sizes = corrector.move(moved, told[part], [of[row] for row in moved], transition)
             self._plan_ahead(corrector, drafted, moved, sizes)
             if self.config.corrector:
-                change.index_add_(0, part, move * transition.pull)
-                shift = move * (transition.pull + transition.keep / transition.move)
-                main.index_add_(0, part, shift.to(main.dtype))
+                change.index_add_(0, part, moves[0] * transition.pull)
+                corrector.owe(moved, moves)
+        if (paid := corrector.pay(rows, transition)) is not None:
+            main.add_((change + paid).to(main.dtype))
         corrector.anchor(rows, told, change)
         flow = all(abs(t.pull) < STRAIGHT for t in work.transitions)
         for trajectory in trajectories:
@@ -277,7 +280,6 @@ class Speculator:
 
 FLOW_BEND = 1.5  # where nothing is calibrated, how much denser the full steps of a flow are at the beginning
 STRAIGHT = 1e-3  # a sampler whose outputs follow its sample by less, on paper, is that of a flow
-TINY = 1e-8  # a step that moves the sample by less than this per unit of output cannot carry a correction
 
 
 def _rows(trajectories: Sequence[Trajectory]) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from speca.core.corrector import Corrector, Transition, quadrature
+from speca.core.corrector import Corrector, Transition, advance, quadrature
 from speca.core.history import History
 from speca.core.placement import LEAST, cheapest, expected, place, with_placements
 from speca.core.prior import DEPTH, Prior
@@ -20,7 +20,7 @@ STEPS, SAMPLES, SIZE = 12, 6, 40
 
 
 def flow() -> tuple[Transition, ...]:
-    return tuple(Transition(1.0, -1 / STEPS) for _ in range(STEPS))
+    return tuple(Transition((1.0,), (-1 / STEPS,)) for _ in range(STEPS))
 
 
 def noisy() -> tuple[Transition, ...]:
@@ -29,8 +29,16 @@ def noisy() -> tuple[Transition, ...]:
     steps = []
     for j in range(STEPS):
         keep, move = 1.2 - 0.01 * j, -0.2
-        steps.append(Transition(keep, move, (sizes[j + 1] / sizes[j] - keep) / move, float(sizes[j])))
+        steps.append(Transition((keep,), (move,), (sizes[j + 1] / sizes[j] - keep) / move, float(sizes[j])))
     return tuple(steps)
+
+
+def remembering() -> tuple[Transition, ...]:
+    """Steps of a sampler that remembers the output before, and whose outputs follow the sample."""
+    return tuple(
+        Transition((-0.2 - 0.01 * j, 1.2 + 0.01 * j), (-0.15, -0.1 - 0.002 * j), 0.3, 1.0 + 0.03 * j)
+        for j in range(STEPS)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,28 +60,29 @@ def play(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition],
     """The schedule with tensors, by the parts that the speculator uses; the error as `expected` adds it up."""
     rows = list(range(SAMPLES))
     history, corrector = History(DEPTH, SAMPLES), Corrector(DEPTH, SAMPLES, float("inf"))
-    off, anchors, met = torch.zeros(SAMPLES, SIZE, dtype=torch.float64), [], 0.0
+    off = [torch.zeros(SAMPLES, SIZE, dtype=torch.float64)] * len(transitions[0].keep)
+    anchors, met = list[int](), 0.0
     for step, t in enumerate(transitions):
         if step in full:
-            told, move = outputs[:, step] + t.pull * off, torch.zeros(SAMPLES, SIZE)
+            told, moves = outputs[:, step] + t.pull * off[0], [torch.zeros(SAMPLES, SIZE)] * len(off)
             if corrector.drafts[0]:
-                met += float((off / t.size).square().mean())
+                met += float((off[0] / t.size).square().mean())
                 omega = quadrature([step, *anchors], corrector.drafts[0], prior.rule)
-                move, _ = corrector.move(rows, told, [omega] * SAMPLES, t)
-            off = off + move
-            used = told + t.pull * move
+                moves, _ = corrector.move(rows, told, [omega] * SAMPLES, t)
+            off = [o + m for o, m in zip(off, moves, strict=True)]
+            used = told + t.pull * moves[0]
             history.push(rows, [told])
-            corrector.anchor(rows, told, t.pull * move.float())
+            corrector.anchor(rows, told, t.pull * moves[0].float())
             anchors = [step, *anchors][:DEPTH]
         else:
             weights = torch.tensor(prior.rule(anchors, [step]) * SAMPLES, dtype=torch.float64)
             used = history.forecast(rows, weights)[0] + corrector.pulled(rows, weights)
             corrector.draft(rows, used, step, t)
-        off = t.keep * off + t.move * (used - outputs[:, step])
-    return math.sqrt(float(off.square().mean()) + met / len(full))
+        off = advance(off, t, used - outputs[:, step])
+    return math.sqrt(float(off[0].square().mean()) + met / len(full))
 
 
-@pytest.mark.parametrize("transitions", [flow(), noisy()], ids=["flow", "noisy"])
+@pytest.mark.parametrize("transitions", [flow(), noisy(), remembering()], ids=["flow", "noisy", "remembering"])
 def test_the_expected_error_is_that_of_the_run(
     outputs: torch.Tensor, prior: Prior, transitions: tuple[Transition, ...]
 ) -> None:

@@ -12,7 +12,9 @@ import torch
 import speca
 import tiny
 from speca.calibration import BESIDE
+from speca.core.prior import Prior
 from speca.recording import record
+from speca.zoo import load
 
 STEPS = 16
 
@@ -118,10 +120,48 @@ def test_the_prior_stays_out_where_it_does_not_hold() -> None:
     assert any("prior is not used" in note for note in speca.report(case.pipe).notes)
     case = tiny.dit()
     prior = recorded(case).prior
-    case.pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(case.pipe.scheduler.config)
-    speca.enable(case.pipe, calibration=prior)
+    config = case.pipe.scheduler.config
+    for scheduler, why in (
+        (diffusers.DPMSolverMultistepScheduler.from_config(config, thresholding=True), "nothing is corrected"),
+        (diffusers.DDPMScheduler.from_config(config, clip_sample=False), "prior is not used: it was measured with a"),
+    ):
+        case.pipe.scheduler = scheduler
+        speca.enable(case.pipe, calibration=prior)
+        case([3], steps=STEPS)
+        assert any(why in note for note in speca.report(case.pipe).notes)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_prior_serves_other_samplers(name: str) -> None:
+    """What was measured with DDIM places the full steps of a sampler that remembers, and is worth it there."""
+    pipe, errors = load("fashion-dit"), {}
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+
+    def images() -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        made = pipe([1, 3, 7, 9], num_inference_steps=20, generator=generator, output_type="np").images
+        return torch.as_tensor(made)
+
+    wanted = images()
+    for calibration in (None, False):
+        speca.enable(pipe, speedup=3, calibration=calibration)
+        errors[calibration] = (images() - wanted).square().mean().item()
+        report = speca.report(pipe)
+        assert {s.decisions.count("F") for s in report.samples} == {6} and not report.notes[1:]
+    assert errors[None] < 0.7 * errors[False]
+
+
+def test_what_was_measured_with_noise_is_kept_apart() -> None:
+    case = tiny.dit()
+    case.pipe.scheduler = diffusers.DDPMScheduler.from_config(case.pipe.scheduler.config, clip_sample=False)
+    prior = recorded(case).prior
+    assert prior.noisy and Prior.from_dict(prior.to_dict()).noisy and prior.at(prior.noise[::2]).noisy
+    speca.enable(case.pipe, speedup=4, calibration=prior)
     case([3], steps=STEPS)
-    assert any("nothing is corrected" in note for note in speca.report(case.pipe).notes)
+    assert not any("prior" in note for note in speca.report(case.pipe).notes)
+    old = {name: value for name, value in prior.to_dict().items() if name != "noisy"}
+    assert not Prior.from_dict(old).noisy, "files of before tell of none"
 
 
 def test_an_accelerated_pipeline_is_recorded_in_full() -> None:
@@ -157,7 +197,8 @@ def test_a_model_brings_its_calibration(tmp_path: Path) -> None:
     assert tolerance(speedup=4) == 0.0
     assert "placement" not in speca.report(pipe).config
     pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    assert tolerance() == speca.PRESETS["balanced"].tolerance  # of another scheduler, so it is left alone
+    assert tolerance() == found.tolerance
+    assert any("prior is not used" in note for note in speca.report(pipe).notes)  # of a sampler without noise
 
 
 def test_a_budget_of_an_unmeasured_model_can_be_placed_by_the_generic_prior() -> None:

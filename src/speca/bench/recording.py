@@ -1,6 +1,6 @@
 """Schedules found on a recording: what the model gave at every step of full runs, as inner products only.
 
-A one-step linear sampler sums the outputs `v_j` of the model with known weights. If a step is drafted, its output is a
+A linear sampler sums the outputs `v_j` of the model with known weights. If a step is drafted, its output is a
 weighted sum of the outputs at full steps; so on the path of the full run, what drafts do to the final sample is
 `sum_q u_q v_q`, with `u` from the schedule alone, and its size follows from the inner products of the recorded
 outputs, a T x T matrix a sample. So a schedule is judged without the model, in a tenth of a millisecond for each
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.corrector import Transition
+from ..core.corrector import Transition, advance
 from ..errors import InputError
 from ..measure import run_once, split
 from ..model.sampler import transitions
@@ -122,11 +122,10 @@ def _outputs(pipe: Any, call: Call, seeds: list[int]) -> list[Tensor]:
 
 def effect_of(steps: Sequence[Transition]) -> np.ndarray:
     """What one unit of each step's output is worth in the final sample, later outputs following the sample."""
-    effect, later = np.zeros(len(steps)), 1.0
-    for j in reversed(range(len(steps))):
-        effect[j] = later * steps[j].move
-        later *= steps[j].keep + steps[j].move * steps[j].pull
-    return effect
+    change = [np.zeros(len(steps))] * len(steps[0].keep)
+    for step, unit in zip(steps, np.eye(len(steps)), strict=True):
+        change = advance(change, step, unit + step.pull * change[0])
+    return change[0]
 
 
 def lagrange(targets: np.ndarray, nodes: Sequence[int]) -> np.ndarray:

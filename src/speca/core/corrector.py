@@ -1,50 +1,87 @@
 """The corrector: a full step tells what the drafts before it should have been, and the sample is moved accordingly.
 
-A one-step linear sampler maps the sample `x` and the model's output `v` of step j to `x' = a_j x + b_j v` (flow Euler,
-DDIM, DDPM but for its noise). Drafts used a forecast `v_j`, extrapolated from anchors before them. Once step i is
-computed in full, the polynomial through its output and those anchors *interpolates* the drafts, one degree higher than
-they were forecast with. With `A_j = a_{j+1} ... a_{i-1}`, what the difference is worth to `x_i` is
+A linear sampler sums what it is given: the sample at step i holds the model's output of step j with a weight `W_ij`.
+Drafts used a forecast `v_j`, extrapolated from anchors before them. Once step i is computed in full, the polynomial
+through its output and those anchors *interpolates* the drafts, one degree higher than they were forecast with. With
+Lagrange's polynomials `l_q`, the outputs `V_q` of the full steps and j over the drafts since the last one, it is worth
 
-    d = sum_j A_j b_j (sum_q l_q(t_j) V_q - v_j) = sum_q omega_q V_q - drift
+    d = sum_j W_ij (sum_q l_q(t_j) V_q - v_j) = sum_q omega_q V_q - drift
 
-where `V_q` are the outputs of the full steps, `l_q` Lagrange's polynomials and j runs over the drafts since the last
-full step. The model is not evaluated for it: so work predictor-corrector methods (Adams-Moulton; for diffusion
-samplers UniPC, arXiv:2302.04867). As the sampler is linear, the move can be handed over in the output:
-`a_i (x + d) + b_i v = a_i x + b_i (v + d a_i / b_i)`, so no pipeline has to change. It is linear in the outputs too,
-so guidance that mixes branches linearly mixes their moves, and a constant factor or sign that a pipeline puts on the
-model's output cancels. The size of `d` is Milne's estimate of the error that the drafts had made.
+to the sample at step i. The model is not evaluated for it: so work predictor-corrector methods (Adams-Moulton; for
+diffusion samplers UniPC, arXiv:2302.04867).
+
+The move is handed over in the output, so no pipeline has to change. A one-step sampler `x' = a_i x + b_i v` (flow
+Euler, DDIM, DDPM but for its noise) has `a_i (x + d) + b_i v = a_i x + b_i (v + d a_i / b_i)`. A multistep sampler
+(DPM-Solver++, UniPC, DEIS) mixes in what it was given at p - 1 steps before. There a move is p numbers: what it is
+worth to `x_i` and, left alone, to the p - 1 samples after it, which fixes all later ones. What is handed over at one
+step is remembered, so part of it has to be taken back at the next one, and so on, less each time: a debt that is paid
+at every step (`Corrector.pay`). So each sample is what it would be, had the drafts been what they are now taken to
+have been.
+
+All is linear in the outputs, so guidance that mixes branches linearly mixes their moves, and a constant factor or sign
+that a pipeline puts on the model's output cancels. The size of `d` is Milne's estimate of the error that drafts made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .forecast import newton
 from .history import History
 
+Value = TypeVar("Value", float, np.ndarray[Any, np.dtype[np.float64]], Tensor)
+
+STILL = 1e-6
+"""An output that is worth less than this to the next sample, per unit, does not move it."""
+
 TRUST = 0.05
 """A correction as large as this, per element and in units of the straight path, is taken by half."""
 
 
 class Transition(NamedTuple):
-    """One step of a linear sampler.
+    """One step of a linear sampler that remembers the outputs of p - 1 steps before it; p = 1 for one that does not.
+
+    What an output is off by changes samples after it. Of such a change the p numbers that it is worth to this step's
+    sample and to the p - 1 samples after it say all; `advance` takes them one step further.
 
     Attributes:
-        keep, move: `x' = keep * x + move * out`.
+        keep: (p,) the sample after those p, as a sum of them. `x' = keep * x + move * out` for p = 1.
+        move: (p,) what one unit of this step's output is worth to the p samples after it.
         pull: how much the output changes with the sample, `d out = pull * dx`, see `Corrector`.
         size: `n = p + q` of the path `x = p x_0 + q noise` at this step; the straight path is `x / n`.
         signal: `p` of it.
+        made: `(A, B)` of what an output is made of, `A noise + B x_0`.
+        noisy: whether the sampler adds noise on its way.
     """
 
-    keep: float
-    move: float
+    keep: tuple[float, ...]
+    move: tuple[float, ...]
     pull: float = 0.0
     size: float = 1.0
     signal: float = 1.0
+    made: tuple[float, float] = (0.0, 0.0)
+    noisy: bool = False
+
+    @property
+    def still(self) -> bool:
+        """Whether the output hardly moves the next sample, as at the last step of some schedules."""
+        return abs(self.move[0]) < STILL
+
+
+def advance(change: Sequence[Value], step: Transition, out: Any = 0.0) -> list[Value]:
+    """The change of the p samples from the next step on, given that of those from this `step` on, and of its output.
+
+    Values are numbers, arrays or tensors of one shape.
+    """
+    last = step.keep[0] * change[0]
+    for keep, later in zip(step.keep[1:], change[1:], strict=True):
+        last = last + keep * later
+    return [c + m * out for c, m in zip([*change[1:], last], step.move, strict=True)]
 
 
 class Draft(NamedTuple):
@@ -66,19 +103,21 @@ def polynomial(nodes: Sequence[float], targets: Sequence[float]) -> Sequence[Seq
     return shares
 
 
-def quadrature(nodes: Sequence[float], drafts: Sequence[Draft], rule: Rule = polynomial) -> tuple[float, ...]:
-    """The weights `omega` (K,) of the outputs at `nodes` in what the drafts are worth to the sample after the last one.
+def quadrature(
+    nodes: Sequence[float], drafts: Sequence[Draft], rule: Rule = polynomial
+) -> tuple[tuple[float, ...], ...]:
+    """The weights `omega` (p, K) of the outputs at `nodes` in what drafts are worth to the p samples after the last.
 
     Args:
         nodes: positions of K full steps, the newest first; all different.
-        drafts: the n drafts, in order.
+        drafts: the n drafts, in order, one at least.
         rule: how outputs between the nodes are estimated: by a polynomial, or by a prior.
     """
-    omega = [0.0] * len(nodes)
-    for draft, share in zip(drafts, rule(nodes, [d.position for d in drafts]), strict=True):
-        keep, move = draft.transition[:2]
-        omega = [keep * o + move * s for o, s in zip(omega, share, strict=True)]
-    return tuple(omega)
+    shares = np.array(rule(nodes, [d.position for d in drafts]), dtype=np.float64)
+    omega = [np.zeros(len(nodes))] * len(drafts[0].transition.keep)
+    for draft, share in zip(drafts, shares, strict=True):
+        omega = advance(omega, draft.transition, share)
+    return tuple(tuple(o.tolist()) for o in omega)
 
 
 class Corrector:
@@ -101,15 +140,16 @@ class Corrector:
         self.trust = TRUST if trust is None else trust
         self.history = History(depth, rows)  # streams: outputs where the sample was moved to, and how much they changed
         self.drafts: list[list[Draft]] = [[] for _ in range(rows)]  # since each row's last full step
-        self._drift: Tensor | None = None  # (B, ...) what those drafts have added to the sample
+        self._drift: Tensor | None = None  # (p, B, ...) what those drafts are worth to the samples from here on
+        self._owed: Tensor | None = None  # (p, B, ...) what samples from here on lack of what they are taken to be
 
     def draft(self, rows: Sequence[int], out: Tensor, position: float, transition: Transition) -> None:
         """Rows took the draft `out` (n, ...) of the step at `position`."""
         if self._drift is None:
-            self._drift = out.new_zeros((len(self.drafts), *out.shape[1:]), dtype=torch.float32)
+            self._drift = self._zeros(out, transition)
         index = torch.tensor(list(rows), device=out.device)
-        drift = self._drift.index_select(0, index).mul_(transition.keep).add_(out.float(), alpha=transition.move)
-        self._drift.index_copy_(0, index, drift)
+        drift = advance(list(self._drift.index_select(1, index)), transition, out.float())
+        self._drift.index_copy_(1, index, torch.stack(drift))
         for row in rows:
             self.drafts[row].append(Draft(position, transition))
 
@@ -118,37 +158,71 @@ class Corrector:
         return self.history.forecast(rows, weights)[1]
 
     def move(
-        self, rows: Sequence[int], out: Tensor, omega: Sequence[Sequence[float]], here: Transition
-    ) -> tuple[Tensor, Tensor]:
+        self, rows: Sequence[int], out: Tensor, omega: Sequence[Sequence[Sequence[float]]], here: Transition
+    ) -> tuple[list[Tensor], Tensor]:
         """How far rows that have drafted are to be moved, now that `out` (n, ...) of a full step is known.
 
         Args:
-            omega: the weights of each row, see `quadrature`: first that of `out`, then those of its kept outputs.
+            omega: the weights (p, K) of each row, see `quadrature`: that of `out`, then those of its kept outputs.
             here: the transition of the full step.
 
         Returns:
-            The moves (n, ...) in fp32, and the estimated errors (n,): root mean squares of the full moves in units of
-            the straight path.
+            The moves of the sample here and of the p - 1 samples after it, p times (n, ...) in fp32, and the estimated
+            errors (n,): root mean squares of the full moves here, in units of the straight path.
         """
         assert self._drift is not None
         index = torch.tensor(list(rows), device=out.device)
-        weights = torch.tensor([[*o, *[0.0] * (1 + self.history.depth - len(o))] for o in omega], dtype=torch.float64)
-        newest = weights[:, 0].to(out.device, torch.float32).view(-1, *[1] * (out.dim() - 1))
-        older = self.history.forecast(rows, weights[:, 1:])[0]
-        gap = (out.float() * newest).add_(older).sub_(self._drift.index_select(0, index)).div_(1 - newest * here.pull)
-        size = gap.flatten(1).square().mean(1).sqrt() / here.size
-        trust = 1 / (1 + (size / self.trust).square())
-        return gap * trust.view(newest.shape), size
+        width = 1 + self.history.depth
+        weights = torch.tensor([[[*o, *[0.0] * (width - len(o))] for o in row] for row in omega], dtype=torch.float64)
+        newest = weights[:, :, 0].to(out.device, torch.float32).view(*weights.shape[:2], *[1] * (out.dim() - 1))
+        told, moves = out.float(), []
+        for later, drift in enumerate(self._drift.index_select(1, index)):
+            older = self.history.forecast(rows, weights[:, later, 1:])[0]
+            moves.append((told * newest[:, later]).add_(older).sub_(drift))
+        answer = moves[0] * here.pull / (1 - newest[:, 0] * here.pull)  # of the output, once the sample is moved
+        moves = [move + answer * new for move, new in zip(moves, newest.unbind(1), strict=True)]
+        size = moves[0].flatten(1).square().mean(1).sqrt() / here.size
+        trust = (1 / (1 + (size / self.trust).square())).view(newest[:, 0].shape)
+        return [move * trust for move in moves], size
+
+    def owe(self, rows: Sequence[int], moves: Sequence[Tensor]) -> None:
+        """Note that samples of `rows` are to be moved, p times (n, ...)."""
+        index = torch.tensor(list(rows), device=moves[0].device)
+        if self._owed is None:
+            assert self._drift is not None
+            self._owed = torch.zeros_like(self._drift)
+        self._owed.index_add_(1, index, torch.stack(list(moves)))
+
+    def pay(self, rows: Sequence[int], here: Transition) -> Tensor | None:
+        """What to hand over (n, ...) besides the outputs of this step, so that the next sample is what it should be.
+
+        None where nothing is owed. A step that is `still` cannot pay.
+        """
+        if self._owed is None:
+            return None
+        index = torch.tensor(list(rows), device=self._owed.device)
+        due = advance(list(self._owed.index_select(1, index)), here)
+        paid = torch.zeros_like(due[0]) if here.still else due[0] / here.move[0]
+        if len(due) == 1:  # without memory all is paid at once
+            self._owed = None
+        else:
+            left = [d - m * paid for d, m in zip(due, here.move, strict=True)]
+            self._owed.index_copy_(1, index, torch.stack(left))
+        return paid
 
     def anchor(self, rows: Sequence[int], out: Tensor, change: Tensor) -> None:
         """Rows were computed in full: keep `out` (n, ...), changed by `change`, and begin a new draft."""
         self.history.push(rows, [out.float() + change, change])
         if self._drift is not None:
-            self._drift.index_fill_(0, torch.tensor(list(rows), device=out.device), 0.0)
+            self._drift.index_fill_(1, torch.tensor(list(rows), device=out.device), 0.0)
         for row in rows:
             self.drafts[row] = []
 
     def bytes(self) -> int:
         """Bytes held, all rows together."""
-        drift = 0 if self._drift is None else self._drift.numel() * self._drift.element_size()
-        return self.history.bytes() + drift
+        sums = [t.numel() * t.element_size() for t in (self._drift, self._owed) if t is not None]
+        return self.history.bytes() + sum(sums)
+
+    def _zeros(self, out: Tensor, transition: Transition) -> Tensor:
+        shape = (len(transition.keep), len(self.drafts), *out.shape[1:])
+        return out.new_zeros(shape, dtype=torch.float32)

@@ -8,8 +8,8 @@ process, stationary in log q/p, slow for the most part and with a small fast par
 
     x_0 moves by  q / (p + q) g,   n by  -p / (p + q) g,   E g g' = sum_k a_k exp(-(log q/p - log q'/p')^2 / (2 l_k^2)).
 
-What an output is made of, `A n + B x_0`, is read off the sampler: `keep (p x_0 + q n) + move (A n + B x_0)` has to be
-`p' x_0 + q' n`. So nothing has to be told about a model, whether it predicts noise or velocity.
+What an output is made of, `A n + B x_0`, is read off the sampler, which it has to lead from `p x_0 + q n` to
+`p' x_0 + q' n` (`Transition.made`). So nothing has to be told about a model, whether it predicts noise or velocity.
 The six numbers were fitted once to two models measured, a flow and a DDIM; on a third it lost, so it is an option and
 no default (docs/LOG.md).
 """
@@ -30,7 +30,7 @@ VARIANCES = np.geomspace(0.015, 2.0, 12)
 PROCESS = ((0.4, 2.0), (0.015, 0.25))
 """Variance `a_k` and length `l_k` in log q/p of the parts of `g`."""
 
-LEAST_SIGNAL, LEAST_MOVE = 1e-3, 1e-6
+LEAST_SIGNAL = 1e-3
 
 
 @lru_cache(maxsize=64)
@@ -51,7 +51,7 @@ def moments(
 ) -> Array:
     """The second moments (T, T) of outputs under the assumptions above."""
     p, q = _path(transitions)
-    of_noise, of_data = _made_of(transitions, p, q)
+    of_noise, of_data = np.array([t.made for t in transitions]).T
     s = np.sqrt(p[:, None] ** 2 * variances + q[:, None] ** 2)
     gaussian = (of_noise[:, None] * q[:, None] + of_data[:, None] * p[:, None] * variances) / s
     where = np.log(q / np.maximum(p, LEAST_SIGNAL))
@@ -66,16 +66,3 @@ def moments(
 def _path(transitions: Sequence[Transition]) -> tuple[Array, Array]:
     p = np.array([t.signal for t in transitions])
     return p, np.array([t.size for t in transitions]) - p
-
-
-def _made_of(transitions: Sequence[Transition], p: Array, q: Array) -> tuple[Array, Array]:
-    """`A` and `B` of each step; a step that hardly moves the sample takes those of the step before it."""
-    after = np.append(p[1:], 1.0), np.append(q[1:], 0.0)
-    keep = np.array([t.keep for t in transitions])
-    move = np.array([t.move for t in transitions])
-    still = np.abs(move) < LEAST_MOVE
-    parts = [(new - keep * old) / np.where(still, 1.0, move) for old, new in zip((q, p), reversed(after), strict=True)]
-    for step in np.flatnonzero(still):
-        for part in parts:
-            part[step] = part[step - 1]
-    return parts[0], parts[1]

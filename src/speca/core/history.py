@@ -58,7 +58,7 @@ class History:
         newest = torch.tensor([self.pushes[row] - 1 for row in rows])
         slots = (newest.unsqueeze(1) - torch.arange(weights.shape[1])) % self.depth
         by_slot = torch.zeros(len(rows), self.depth, dtype=weights.dtype).scatter_(1, slots, weights)
-        used = [k for k in range(self.depth) if bool(by_slot[:, k].any())]
+        used = [k for k in range(self.depth) if bool(by_slot[:, k].any())] or [0]
         device = self._buffers[0][0].device
         scale = by_slot.to(device, torch.float32)
         index = None if list(rows) == list(range(self.rows)) else torch.tensor(rows, device=device)

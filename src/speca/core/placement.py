@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .corrector import Transition
+from .corrector import Transition, advance
 from .prior import DEPTH, Array, Prior
 
 LEAST = 4
@@ -23,6 +23,10 @@ LEAST = 4
 MOVES = (-1, 1, -2, 2, -4, 4)
 BENDS = (0.8, 1.1, 1.5)
 SWEEPS = 12
+
+
+Change = list[Array]
+"""Of the sample at a step and of those after it (`core/corrector.py`), each as coefficients (T,) of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -102,39 +106,43 @@ def expected(prior: Prior, transitions: Sequence[Transition], full: set[int], tr
     show (measured, docs/LOG.md).
     """
     total, moments = len(transitions), prior.moments if truth is None else truth
-    off = np.zeros(total)  # what the sample is off by, as coefficients of the outputs
+    none: Change = [np.zeros(total)] * len(transitions[0].keep)
+    off = none  # what this sample and those after it are off by, as coefficients of the outputs
     met = 0.0  # mean squares of what the sample is off by where outputs are computed
-    drift, drafts = np.zeros(total), list[int]()
+    drift, drafts = none, list[int]()
     anchors: list[tuple[int, Array]] = []
     for step, t in enumerate(transitions):
         if step in full or len(anchors) < 2:
-            used = t.pull * off
+            used = t.pull * off[0]
             used[step] += 1
             if drafts:
-                met += float(off @ moments @ off) / t.size**2
-                move = _move(prior, transitions, anchors, drafts, step, used, drift)
-                off, used = off + move, used + t.pull * move
+                met += float(off[0] @ moments @ off[0]) / t.size**2
+                moves = _moves(prior, transitions, anchors, drafts, step, used, drift)
+                off, used = [o + m for o, m in zip(off, moves, strict=True)], used + t.pull * moves[0]
             anchors = [(step, used), *anchors][:DEPTH]
-            drafts, drift = [], np.zeros(total)
+            drafts, drift = [], none
         else:
             weights = prior.weights([a for a, _ in anchors], [step])[0]
             used = weights @ np.stack([c for _, c in anchors])
-            drift = t.keep * drift + t.move * used
+            drift = advance(drift, t, used)
             drafts.append(step)
         error = used.copy()
         error[step] -= 1
-        off = t.keep * off + t.move * error
-    return math.sqrt(max(0.0, float(off @ moments @ off) + met / len(full)))
+        off = advance(off, t, error)
+    return math.sqrt(max(0.0, float(off[0] @ moments @ off[0]) + met / len(full)))
 
 
-def _move(
+def _moves(
     prior: Prior, transitions: Sequence[Transition], anchors: Sequence[tuple[int, Array]], drafts: Sequence[int],
-    step: int, told: Array, drift: Array,
-) -> Array:  # fmt: skip
-    """The corrector's move (`core/corrector.py`), on coefficients."""
+    step: int, told: Array, drift: Change,
+) -> Change:  # fmt: skip
+    """The corrector's moves (`core/corrector.py`), on coefficients."""
     nodes = [step, *(a for a, _ in anchors)]
-    omega = np.zeros(len(nodes))
+    omega: Change = [np.zeros(len(nodes))] * len(drift)
     for draft, share in zip(drafts, prior.weights(nodes, drafts), strict=True):
-        omega = transitions[draft].keep * omega + transitions[draft].move * share
+        omega = advance(omega, transitions[draft], share)
     known: Array = np.stack([told, *(c for _, c in anchors)])
-    return (omega @ known - drift) / (1 - float(omega[0]) * transitions[step].pull)
+    moves = [o @ known - d for o, d in zip(omega, drift, strict=True)]
+    pull = transitions[step].pull
+    answer = moves[0] * pull / (1 - float(omega[0][0]) * pull)
+    return [m + answer * float(o[0]) for m, o in zip(moves, omega, strict=True)]

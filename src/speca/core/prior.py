@@ -8,8 +8,8 @@ as the mean square of `sum_i c_i v_i` is `c C c`. The best linear estimate of `v
 has the weights `C_SS^-1 C_St` (Gauss and Markov; in geostatistics, kriging; as a quadrature, Bayesian). A polynomial
 guesses that outputs are smooth; this has measured how. The weights serve drafts and the corrector instead of its own.
 
-A `Prior` is measured once for a model, sampler and guidance, from outputs alone (`speca.calibrate`). It is a few
-kilobytes, and is taken to other numbers of steps along the noise axis.
+A `Prior` is measured once for a model and guidance, from outputs alone (`speca.calibrate`). It is a few kilobytes, and
+is taken to other numbers of steps along the noise axis, and to other samplers that lead a sample along the same path.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Prior:
     Attributes:
         noise: (T,) where the steps stand: diffusion time, falling, about 1 at pure noise.
         moments: (T, T) `C`, per element, symmetric and positive.
+        noisy: whether the sampler they were measured with adds noise; outputs are then less alike than without.
         placed: where to compute numbers of full steps, as far as that was found beforehand (`core/placement.py`).
 
     Raises:
@@ -48,6 +49,7 @@ class Prior:
     noise: tuple[float, ...]
     moments: Array
     placed: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    noisy: bool = False
 
     def __post_init__(self) -> None:
         steps = len(self.noise)
@@ -75,7 +77,8 @@ class Prior:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; of the moments the lower half, row by row, rounded to single precision."""
         half = [[float(f"{v:.9g}") for v in row[: i + 1]] for i, row in enumerate(self.moments.tolist())]
-        return {"noise": list(self.noise), "moments": half, "placed": [list(steps) for steps in self.placed.values()]}
+        placed = [list(steps) for steps in self.placed.values()]
+        return {"noise": list(self.noise), "moments": half, "placed": placed, "noisy": self.noisy}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Prior:
@@ -84,7 +87,8 @@ class Prior:
         moments = np.zeros((steps, steps))
         for i, row in enumerate(values["moments"]):
             moments[i, : i + 1] = moments[: i + 1, i] = row
-        return cls(tuple(values["noise"]), moments, {len(found): tuple(found) for found in values["placed"]})
+        placed = {len(found): tuple(found) for found in values["placed"]}
+        return cls(tuple(values["noise"]), moments, placed, values.get("noisy", False))
 
 
 @lru_cache(maxsize=1 << 15)  # a search for placements asks for some ten thousand, most of them many times
@@ -101,4 +105,4 @@ def _taken(prior: Prior, noise: tuple[float, ...]) -> Prior:
     units = np.eye(len(rising))[::-1]
     mix = np.stack([np.interp(noise, rising, unit) for unit in units.T], axis=1)
     moments = mix @ prior.moments @ mix.T
-    return Prior(noise, (moments + moments.T) / 2)
+    return Prior(noise, (moments + moments.T) / 2, noisy=prior.noisy)
