@@ -29,7 +29,9 @@ def test_target_is_met_and_the_file_sets_the_tolerance(tmp_path: Path) -> None:
     assert found.tolerance == max(t.tolerance for t in passed)
     assert found.fresh_low <= found.fresh_met <= found.fresh_high
     assert found.steps == 16 and found.model == "FluxTransformer2DModel"
-    assert told[0] == "full run on tuning seeds" and len(told) == len(found.trials) + 3
+    assert told[0] == "full run on tuning seeds" and told[-1] == "fresh seeds"
+    firsts = [words for words in told if "placement 1 of" in words]
+    assert [int(words.split()[0]) for words in firsts] == [t.full_steps for t in found.trials]
     assert "30 dB or more" in str(found)
     file = tmp_path / "found.json"
     found.save(file)
@@ -40,6 +42,30 @@ def test_target_is_met_and_the_file_sets_the_tolerance(tmp_path: Path) -> None:
     speca.enable(case.pipe, calibration=found, tolerance=0.5)
     case([1])
     assert speca.report(case.pipe).config["tolerance"] == 0.5
+
+
+def test_placements_are_told_apart_by_running_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, tried = tiny.flux(), []
+    original = calibrating._Half.attempt
+
+    def attempt(self: Any, tolerance: float, prior: Prior) -> Trial:
+        trial = original(self, tolerance, prior)
+        tried.append((trial.full_steps, prior.placed[trial.full_steps], sum(self.values), prior))
+        return trial
+
+    monkeypatch.setattr(calibrating._Half, "attempt", attempt)
+    found = speca.calibrate(
+        case.pipe, call(case, 4), target_psnr=20, samples=4, confidence=0.8, speedups=(16 / 6, 2.8, 4.0)
+    )
+    *tuning, (fresh_count, fresh_steps, _, fresh_prior) = tried
+    assert {5, 6, 4} <= {t.full_steps for t in found.trials}
+    assert len({steps for count, steps, *_ in tuning if count == 5}) > 1, "there was something to choose from"
+    for count in {t.full_steps for t in found.trials}:
+        values = {steps: value for tried_count, steps, value, _ in tuning if tried_count == count}
+        assert found.prior.placed[count] == max(values, key=lambda steps: values[steps])
+    assert fresh_prior is found.prior and fresh_steps == found.prior.placed[fresh_count]
+    with pytest.raises(speca.InputError, match="nothing to place"):
+        speca.calibrate(case.pipe, call(case, 4), samples=4, confidence=0.8, speedups=(1.0,))
 
 
 def test_a_calibration_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from .calibration import Calibration, Trial
 from .compare import psnr, quantile
 from .config import SpecaConfig
-from .core.placement import LEAST, place, with_placements
+from .core.placement import LEAST, place, shortlist, with_placements
+from .core.prior import Prior
 from .errors import InputError
 from .measure import example_call, generate, joined, run_once, split
 from .pipeline import transformers_of
@@ -23,6 +27,7 @@ Progress = Callable[[str], None]
 """Told in words what comes next."""
 
 TUNING_SEED, FRESH_SEED = 600_000, 700_000
+OPTIONS = 4  # placements of a number of full steps that are tried
 MARGIN = 1.001  # the tolerance is a little above the error expected, so that rounding does not ask for one step more
 
 
@@ -33,6 +38,7 @@ def calibrate(
     target_psnr: float = 35.0,
     samples: int = 32,
     confidence: float = 0.9,
+    speedups: Sequence[float] = (),
     batch: int = 16,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -42,8 +48,9 @@ def calibrate(
         calibration.save("flux-35.json")
         speca.enable(pipe, calibration="flux-35.json")
 
-    The outputs of full runs of tuning seeds give the prior, see `core/prior.py`. Numbers of full steps, placed by it,
-    are then tried by bisection. One passes if the k-th smallest PSNR of its n samples meets the target,
+    The outputs of full runs of tuning seeds give the prior, see `core/prior.py`. Numbers of full steps are then tried
+    by bisection, each in the placements that the prior thinks best, of which the one with the best mean PSNR is kept.
+    A number passes if the k-th smallest PSNR of its n samples meets the target,
     `k = floor((n + 1) (1 - confidence))`: the bound of split conformal prediction. As the best of several is taken, and
     the prior is of the same samples, it is then tried on as many fresh seeds, and what those gave is reported.
 
@@ -54,36 +61,36 @@ def calibrate(
         target_psnr: in dB, above 0.
         samples: number of tuning seeds, and of fresh ones; `1 / (1 - confidence) - 1` or more.
         confidence: share of fresh samples that are to meet the target, in (0, 1).
+        speedups: budgets for which placements are tried too, as `enable(pipe, speedup=...)` takes them; above 1.
         batch: samples in one call.
 
     Raises:
         InputError: a value out of range, the sampler is not linear, or half the steps in full miss the target.
     """
     _demand_enough(target_psnr, samples, confidence)
+    if any(speedup <= 1 for speedup in speedups):
+        raise InputError(f"a speed-up of 1 or less leaves nothing to place; got {list(speedups)}.")
     seeds = [*range(TUNING_SEED, TUNING_SEED + samples), *range(FRESH_SEED, FRESH_SEED + samples)]
     half, other = split(example_call(pipe, seeds) if call_kwargs is None else call_kwargs, seeds, samples)
     told, batch = progress or (lambda words: None), min(batch, samples)
     recording = _recorded(pipe, *half, batch, told)
-    tuning = _Half(pipe, *half, recording, confidence, batch)
-    steps = len(recording.transitions)
-
-    def attempt(full: int) -> Trial:
-        told(f"{full} full steps on tuning seeds")
-        return tuning.attempt(place(recording.prior, recording.transitions, full).error * MARGIN)
-
-    trials = _search(attempt, max(LEAST, steps // 10), steps // 2, target_psnr)
+    tuning, steps = _Half(pipe, *half, recording.images, confidence, batch), len(recording.transitions)
+    tried = _Tried(tuning, recording, told)
+    trials = _search(tried.attempt, max(LEAST, steps // 10), steps // 2, target_psnr)
+    counts = {max(LEAST, math.floor(steps / speedup + 1e-9)) for speedup in speedups}
+    trials += [tried.attempt(count) for count in sorted(counts - {t.full_steps for t in trials}, reverse=True)]
     best = _fewest(trials, target_psnr)
     told("fresh seeds")
     full = joined([run_once(pipe, *part, None) for part in split(*other, batch)])
-    fresh = _Half(pipe, *other, replace(recording, images=full.images), confidence, batch)
-    trial, met = fresh.attempt(best.tolerance), sum(value >= target_psnr for value in fresh.values)
+    fresh = _Half(pipe, *other, full.images, confidence, batch)
+    trial, met = fresh.attempt(best.tolerance, tried.prior), sum(value >= target_psnr for value in fresh.values)
     low, high = wilson(met, samples)
     return Calibration(
         model=type(transformers_of(pipe)[0]).__name__, scheduler=type(pipe.scheduler).__name__,
         steps=steps, target_psnr=target_psnr, confidence=confidence, tolerance=best.tolerance,
         speedup=trial.speedup, fresh_median=trial.median, fresh_p5=trial.p5, fresh_met=met / samples, fresh_low=low,
         fresh_high=high, tuning_seeds=(TUNING_SEED, samples), fresh_seeds=(FRESH_SEED, samples), trials=tuple(trials),
-        prior=recording.prior,
+        prior=tried.prior,
     )  # fmt: skip
 
 
@@ -111,21 +118,49 @@ class _Half:
     pipe: DiffusionPipeline
     call: dict[str, Any]
     seeds: list[int]
-    recording: Recording
+    full: Tensor
     confidence: float
     batch: int
     values: list[float] = field(default_factory=list)
 
-    def attempt(self, tolerance: float) -> Trial:
-        """What `tolerance` gives with the prior of the recording."""
+    def attempt(self, tolerance: float, prior: Prior) -> Trial:
+        """What `tolerance` gives with a prior."""
         config = SpecaConfig.build(tolerance=tolerance)
-        made = generate(self.pipe, self.call, self.seeds, config, batch=self.batch, calibration=self.recording.prior)
+        made = generate(self.pipe, self.call, self.seeds, config, batch=self.batch, calibration=prior)
         assert made.report is not None
-        self.values = psnr(made.images, self.recording.images).tolist()
+        self.values = psnr(made.images, self.full).tolist()
         k = math.floor((len(self.values) + 1) * (1 - self.confidence) + 1e-9)
         median, p5 = quantile(self.values, 0.5), quantile(self.values, 0.05)
         full = max(sample.full + sample.rejected for sample in made.report.samples)
         return Trial(full, tolerance, made.report.flops_speedup, median, p5, sorted(self.values)[k - 1])
+
+
+@dataclass
+class _Tried:
+    """Placements tried on tuning seeds; those that are kept are the prior's from then on."""
+
+    tuning: _Half
+    recording: Recording
+    told: Progress
+
+    def __post_init__(self) -> None:
+        self.prior = self.recording.prior
+
+    def attempt(self, count: int) -> Trial:
+        """The best of a few placements of `count` full steps, by the mean PSNR of the samples."""
+        prior, steps = self.recording.prior, self.recording.transitions
+        limit = place(prior, steps, count - 1).error if count > LEAST else math.inf  # or one step fewer would do
+        options = [p for p in shortlist(prior, steps, count) if p.error * MARGIN < limit][:OPTIONS]
+        best, most = None, -math.inf
+        for number, option in enumerate(options or [place(prior, steps, count)], 1):
+            self.told(f"{count} full steps on tuning seeds, placement {number} of {max(1, len(options))}")
+            placed = replace(self.prior, placed={**self.prior.placed, count: option.steps})
+            trial = self.tuning.attempt(option.error * MARGIN, placed)
+            if best is None or fmean(self.tuning.values) > most:
+                best, most, kept = trial, fmean(self.tuning.values), placed
+        assert best is not None
+        self.prior = kept
+        return best
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:

@@ -14,6 +14,7 @@ def calibrate(
     samples: Annotated[int, typer.Option(help="Tuning seeds, and as many fresh ones.")] = 32,
     confidence: Annotated[float, typer.Option(help="Share of fresh samples that are to meet it.")] = 0.9,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    speedup: Annotated[list[float] | None, typer.Option(help="A budget to place by trial; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="JSON file; `speca generate --calibration` takes it.")] = Path(
         "calibration.json"
     ),
@@ -38,8 +39,9 @@ def calibrate(
     call = {**zoo.call_arguments(model), **example_call(pipe, seeds), "num_inference_steps": steps}
     with Console(stderr=True).status("loading") as status:
         found = run(
-            pipe, call, target_psnr=target, samples=samples, confidence=confidence, batch=batch, progress=status.update
-        )
+            pipe, call, target_psnr=target, samples=samples, confidence=confidence, speedups=speedup or (), batch=batch,
+            progress=status.update,
+        )  # fmt: skip
     found.save(out)
     for trial in found.trials:
         typer.echo(

@@ -192,7 +192,7 @@ class PlannedController(Controller):
         c, t = self.config, trajectory
         left = self.budget(t.total) - t.fulls
         exact = self.threshold(t) == 0 or (c.tolerance == 0 and not c.speedup)
-        if t.placement is not None and t.fulls >= min(2, t.step) and not exact:
+        if t.placement is not None and t.fulls >= min(1, t.step) and not exact:
             return Plan.FULL if t.step in t.placement else Plan.UNCHECKED
         if exact or t.fulls < min(c.warmup, self.budget(t.total)):
             return Plan.FULL

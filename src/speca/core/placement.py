@@ -20,8 +20,8 @@ from .prior import DEPTH, Array, Prior
 LEAST = 4
 """Fewer full steps than this are not planned for."""
 
-MOVES = (-1, 1, -2, 2, -4, 4)
-BENDS = (0.8, 1.1, 1.5)
+MOVES, MOVES_OF_TWO = (-1, 1, -2, 2, -4, 4), (-1, 1, -2, 2)
+BENDS = (0.9, 1.2, 1.6)
 SWEEPS = 12
 
 
@@ -37,38 +37,49 @@ class Placement:
     error: float
 
 
-@lru_cache(maxsize=512)
 def place(prior: Prior, transitions: tuple[Transition, ...], count: int) -> Placement:
-    """The best `count` full steps found for a run of the linear sampler `transitions`; the first two are among them.
-
-    Found by exchange from schedules of different density: each full step in turn is moved where that lowers the
-    expected error.
-    """
+    """The best `count` full steps known for a run of the linear sampler `transitions`; the first is among them."""
     total = len(transitions)
     if count >= total:
         return Placement(tuple(range(total)), 0.0)
     if count in prior.placed:
         return Placement(prior.placed[count], expected(prior, transitions, set(prior.placed[count])))
-    found = [_improved(prior, transitions, _start(total, count, bend)) for bend in BENDS]
-    return min(found, key=lambda placement: placement.error)
+    return shortlist(prior, transitions, count)[0]
+
+
+@lru_cache(maxsize=512)
+def shortlist(prior: Prior, transitions: tuple[Transition, ...], count: int) -> tuple[Placement, ...]:
+    """Different placements of `count` full steps, fewer than all, none of which a move would better; the best first.
+
+    Found by exchange from schedules of different density, once with the second step in full: each full step in turn is
+    moved where that lowers the expected error, alone or together with the next one. What is expected leaves out how
+    outputs answer to a sample that is off, so a run may tell the first ones of the list apart (`speca.calibrate`).
+    """
+    total, found = len(transitions), dict[tuple[int, ...], Placement]()
+    for kept in (1, 2):
+        for bend in BENDS:
+            start = {*range(kept - 1), *(step + kept - 1 for step in _start(total - kept + 1, count - kept + 1, bend))}
+            placement = _improved(prior, transitions, start, kept)
+            found[placement.steps] = placement
+    return tuple(sorted(found.values(), key=lambda placement: placement.error))
 
 
 def _start(total: int, count: int, bend: float) -> set[int]:
-    """`count` steps, the first two and the last among them; with a `bend` above 1 denser at the beginning."""
-    steps, room = {0, 1}, total - 1
-    for k in range(count - 2, 0, -1):  # from the end, each at least a step before the next
-        room = min(room, max(k + 1, 1 + round((total - 2) * (k / (count - 2)) ** bend)))
+    """`count` steps, the first among them; with a `bend` above 1 denser at the beginning."""
+    steps, room = {0}, total
+    for k in range(count - 1, 0, -1):  # from the end, each at least a step before the next
+        room = min(room - 1, max(k, round((total - 1) * (k / (count - 0.5)) ** bend)))
         steps.add(room)
-        room -= 1
     return steps
 
 
-def _improved(prior: Prior, transitions: tuple[Transition, ...], start: set[int]) -> Placement:
+def _improved(prior: Prior, transitions: tuple[Transition, ...], start: set[int], kept: int) -> Placement:
+    """The placement that exchange leads to from `start`, whose first `kept` steps stay."""
     best, least = start, expected(prior, transitions, start)
     for _ in range(SWEEPS):
         before = least
-        for step in sorted(best - {0, 1}):
-            trials = [best - {step} | {o} for m in MOVES if 1 < (o := step + m) < len(transitions) and o not in best]
+        for index in range(kept, len(start)):
+            trials = _moved(sorted(best), index, len(transitions))
             errors = [expected(prior, transitions, trial) for trial in trials]
             if errors and min(errors) < least:
                 least = min(errors)
@@ -76,6 +87,19 @@ def _improved(prior: Prior, transitions: tuple[Transition, ...], start: set[int]
         if least > 0.999 * before:
             break
     return Placement(tuple(sorted(best)), least)
+
+
+def _moved(steps: list[int], index: int, total: int) -> list[set[int]]:
+    """The `steps` with the one at `index` moved, alone or together with the next one."""
+    found = []
+    for count, moves in ((1, MOVES), (2, MOVES_OF_TWO)):
+        part = steps[index : index + count]
+        rest = set(steps).difference(part)
+        for move in moves if len(part) == count else ():
+            there = {step + move for step in part}
+            if all(0 < step < total for step in there) and not there & rest:
+                found.append(rest | there)
+    return found
 
 
 def with_placements(prior: Prior, transitions: tuple[Transition, ...]) -> Prior:
@@ -112,7 +136,7 @@ def expected(prior: Prior, transitions: Sequence[Transition], full: set[int], tr
     drift, drafts = none, list[int]()
     anchors: list[tuple[int, Array]] = []
     for step, t in enumerate(transitions):
-        if step in full or len(anchors) < 2:
+        if step in full or not anchors:
             used = t.pull * off[0]
             used[step] += 1
             if drafts:
