@@ -67,9 +67,7 @@ def calibrate(
     Raises:
         InputError: a value out of range, the sampler is not linear, or half the steps in full miss the target.
     """
-    _demand_enough(target_psnr, samples, confidence)
-    if any(speedup <= 1 for speedup in speedups):
-        raise InputError(f"a speed-up of 1 or less leaves nothing to place; got {list(speedups)}.")
+    _demand_enough(target_psnr, samples, confidence, speedups)
     seeds = [*range(TUNING_SEED, TUNING_SEED + samples), *range(FRESH_SEED, FRESH_SEED + samples)]
     half, other = split(example_call(pipe, seeds) if call_kwargs is None else call_kwargs, seeds, samples)
     told, batch = progress or (lambda words: None), min(batch, samples)
@@ -102,7 +100,9 @@ def _recorded(pipe: Any, call: dict[str, Any], seeds: list[int], batch: int, tol
     return replace(recording, prior=with_placements(recording.prior, recording.transitions))
 
 
-def _demand_enough(target_psnr: float, samples: int, confidence: float) -> None:
+def _demand_enough(target_psnr: float, samples: int, confidence: float, speedups: Sequence[float]) -> None:
+    if any(speedup <= 1 for speedup in speedups):
+        raise InputError(f"a speed-up of 1 or less leaves nothing to place; got {list(speedups)}.")
     least = math.ceil(1 / (1 - confidence) - 1 - 1e-9) if 0 < confidence < 1 else 0
     if not least or target_psnr <= 0 or samples < least:
         raise InputError(
