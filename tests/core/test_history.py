@@ -75,3 +75,9 @@ def test_a_pushed_feature_may_be_overwritten_afterwards() -> None:
     history.push([0, 1], [x])
     x.zero_()
     assert history.forecast([0], torch.ones(1, 1, dtype=torch.float64))[0].sum() == 3
+
+
+def test_no_weight_at_all_gives_nothing() -> None:
+    history = History(3, 2)
+    history.push([0, 1], [torch.ones(2, 4)])
+    assert history.forecast([1], torch.zeros(1, 3, dtype=torch.float64))[0].tolist() == [[0.0] * 4]

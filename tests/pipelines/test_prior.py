@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def test_a_budget_is_spent_where_the_prior_says_and_drafts_run_nothing(prepared:
     handle.remove()
     assert len(ran) * 4 == len(every), "a draft called the model"
     assert image.isfinite().all() and not torch.equal(image, plain)
+
+
+def test_the_second_step_is_full_only_where_it_was_placed(prepared: tuple[tiny.Case, Any]) -> None:
+    case, recording = prepared
+    for steps in ((0, 3, 7, 12, 15, STEPS - 2), (0, 1, 4, 8, 13, STEPS - 1)):
+        speca.enable(case.pipe, speedup=STEPS / 6, calibration=replace(recording.prior, placed={6: steps}))
+        image = case([3, 8], steps=STEPS)
+        assert {s.decisions for s in speca.report(case.pipe).samples} == {
+            "".join("F" if step in steps else "A" for step in range(STEPS))
+        }
+        assert image.isfinite().all()
 
 
 def test_a_row_does_not_depend_on_its_batch_mates(prepared: tuple[tiny.Case, Any]) -> None:
