@@ -278,7 +278,7 @@ class Speculator:
             spent.full_rates.append(seconds / rows)
 
 
-FLOW_BEND = 1.5  # where nothing is calibrated, how much denser the full steps of a flow are at the beginning
+FLOW_BEND = 1.75  # where nothing is calibrated, how much denser the full steps of a flow are at the beginning
 STRAIGHT = 1e-3  # a sampler whose outputs follow its sample by less, on paper, is that of a flow
 
 
