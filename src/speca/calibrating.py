@@ -151,15 +151,13 @@ class _Tried:
         prior, steps = self.recording.prior, self.recording.transitions
         limit = place(prior, steps, count - 1).error if count > LEAST else math.inf  # or one step fewer would do
         options = [p for p in shortlist(prior, steps, count) if p.error * MARGIN < limit][:OPTIONS]
-        best, most = None, -math.inf
+        tried = []
         for number, option in enumerate(options or [place(prior, steps, count)], 1):
             self.told(f"{count} full steps on tuning seeds, placement {number} of {max(1, len(options))}")
             placed = replace(self.prior, placed={**self.prior.placed, count: option.steps})
             trial = self.tuning.attempt(option.error * MARGIN, placed)
-            if best is None or fmean(self.tuning.values) > most:
-                best, most, kept = trial, fmean(self.tuning.values), placed
-        assert best is not None
-        self.prior = kept
+            tried.append((fmean(self.tuning.values), trial, placed))
+        _, best, self.prior = max(tried, key=lambda found: found[0])
         return best
 
 

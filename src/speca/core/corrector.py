@@ -125,7 +125,8 @@ class Corrector:
 
     A full step is computed where the drafts have led to, not where the sample is moved to, so its output as an anchor
     is off by about `pull * d`. On the straight path `y = x / n` of a flow the velocity hardly depends on small changes
-    of the sample (measured, docs/LOG.md); any other path has it so with `pull = (n'/n - a) / b`, zero for a flow.
+    of the sample (measured, docs/LOG.md); any other path has it so with `pull = (A + B) / n` of an output made of
+    `A noise + B x_0`, zero for a flow; `(n'/n - a) / b` of a one-step sampler.
     With it the move is that of the implicit corrector, `d = (sum_q omega_q V_q - drift) / (1 - omega_0 pull)`, and
     anchors are taken to where they belong; drafts, whose features are what they were, get the difference added.
 
@@ -146,7 +147,8 @@ class Corrector:
     def draft(self, rows: Sequence[int], out: Tensor, position: float, transition: Transition) -> None:
         """Rows took the draft `out` (n, ...) of the step at `position`."""
         if self._drift is None:
-            self._drift = self._zeros(out, transition)
+            shape = (len(transition.keep), len(self.drafts), *out.shape[1:])
+            self._drift = out.new_zeros(shape, dtype=torch.float32)
         index = torch.tensor(list(rows), device=out.device)
         drift = advance(list(self._drift.index_select(1, index)), transition, out.float())
         self._drift.index_copy_(1, index, torch.stack(drift))
@@ -222,7 +224,3 @@ class Corrector:
         """Bytes held, all rows together."""
         sums = [t.numel() * t.element_size() for t in (self._drift, self._owed) if t is not None]
         return self.history.bytes() + sum(sums)
-
-    def _zeros(self, out: Tensor, transition: Transition) -> Tensor:
-        shape = (len(transition.keep), len(self.drafts), *out.shape[1:])
-        return out.new_zeros(shape, dtype=torch.float32)
