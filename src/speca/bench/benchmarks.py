@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .field import chosen
-from .pareto import Point, at_speed, paired_difference
+from .pareto import Point, Reading, at_speed, paired_difference, reading
 from .report import (
     OURS,
     about,
@@ -41,8 +41,9 @@ was made by `speca bench MODEL --suite full`, whose first line names seeds, hard
 **How to read it.** A sample is compared with the one that the same model makes from the same seed with every step
 computed. PSNR is of floats, in dB. A method is swept, and its value at a speed lies between two neighbours of the best
 settings of its own sweep. *Speed* is FLOPs of the transformer, with everything a method adds counted; time stands
-beside it. P5 is the 5th percentile over samples, what one image in twenty falls below. These are small models: what
-they say of FLUX or HunyuanVideo is the order of methods at most.
+beside it. P5 is the 5th percentile over samples, what one image in twenty falls below. Brackets are 95 % bootstrap
+intervals over samples and, where time is measured, over rounds of timing too. These are small models: what they say of
+FLUX or HunyuanVideo is the order of methods at most.
 """
 
 
@@ -66,7 +67,7 @@ def section(model: str, rows: Rows) -> list[str]:
     if absent := [method.name for method in chosen([], rows[0]["suite"]["steps"]) if method.name not in run]:
         lines += [f"Methods of the field that were left out of this run: {', '.join(absent)}.", ""]
     lines += [*answers(rows), "", *pictures]
-    lines += ["", "### In quality", "", *quality_table(rows), "", "### In seconds", "", *seconds_table(rows)]
+    lines += ["", "### In quality", "", *quality_table(rows), "", "### In seconds", "", *in_seconds(rows)]
     titled = {
         "How fast for a guarantee": [*guarantee_table(rows), "", *adapting(rows)],
         "How good is the check?": signals(rows),
@@ -80,15 +81,15 @@ def section(model: str, rows: Rows) -> list[str]:
     return lines
 
 
-def answers(rows: Rows) -> list[str]:
+def answers(rows: Rows, axis: str = "flops") -> list[str]:
     """For each speed one sentence: SpeCa, and the best of each other family, with the paired difference.
 
     Where no tolerance is as fast as that, SpeCa is given a budget.
     """
-    found, family = curves(rows), families(rows)
+    found, family = curves(rows, axis), families(rows)
     lines = []
     for speed in ASKED:
-        reach = {name: at_speed(found.get(name, []), speed) for name in (OURS, "speca-budget")}
+        reach = {name: reading(found.get(name, []), speed) for name in (OURS, "speca-budget")}
         own, ours = next(((name, v) for name, v in reach.items() if v is not None), (OURS, None))
         if ours is None:
             lines.append(f"- **{speed:g}x.** The sweep of `{OURS}` does not reach {speed:g}x here.")
@@ -97,20 +98,22 @@ def answers(rows: Rows) -> list[str]:
         for kind, words in KINDS.items():
             best = _best(found, [name for name in found if family[name] == kind and name not in reach], speed)
             if best:
-                name, values = best
-                mean, low, high = paired_difference(ours, values)
-                told.append(f"{words} `{name}` {_three(values)}, {_against(mean, low, high)}")
-        lines.append(f"- **{speed:g}x.** `{own}`: {_three(ours)} dB (median / P5 / worst). The best of the others:")
+                name, other = best
+                mean, low, high = paired_difference(ours, other)
+                told.append(f"{words} `{name}` {_three(other.values)}, {_against(mean, low, high)}")
+        lines.append(
+            f"- **{speed:g}x.** `{own}`: {_three(ours.values)} dB (median / P5 / worst). The best of the others:"
+        )
         lines += [f"  - {one}." for one in told]
     return lines
 
 
-def _best(found: dict[str, list[Point]], names: Sequence[str], speed: float) -> tuple[str, Tensor] | None:
-    values = {name: at_speed(found[name], speed) for name in names}
-    known = {name: v for name, v in values.items() if v is not None}
+def _best(found: dict[str, list[Point]], names: Sequence[str], speed: float) -> tuple[str, Reading] | None:
+    read = {name: reading(found[name], speed) for name in names}
+    known = {name: r for name, r in read.items() if r is not None}
     if not known:
         return None
-    name = max(known, key=lambda n: float(known[n].quantile(0.5)))
+    name = max(known, key=lambda n: float(known[n].values.quantile(0.5)))
     return name, known[name]
 
 
@@ -140,15 +143,19 @@ def quality_table(rows: Rows) -> list[str]:
     return [*lines, *(line for _, line in sorted(body, reverse=True))]
 
 
-def seconds_table(rows: Rows) -> list[str]:
-    """Time saved at each speed in FLOPs, and the quality at each speed in time."""
+def in_seconds(rows: Rows) -> list[str]:
+    """The answers at each speed in time, and a table: time saved at each speed in FLOPs, quality at each in time."""
     by_flops, by_time = measured(rows), curves(rows, "wall")
     if not by_time:
         return ["Nothing was timed."]
     batch = next(r["batch"] for r in rows if r["kind"] == "time")
+    counts = sorted({len(r["wall_all"]) for r in by_flops if r["wall_all"]})
     lines = [
-        f"Calls of {batch} samples. First the speed-up in time at each speed-up in FLOPs, then median and P5 of PSNR "
-        "at each speed-up in *time*.",
+        f"Calls of {batch} samples, {' or '.join(map(str, counts))} rounds. At each speed-up in *time*:",
+        "",
+        *answers(rows, "wall"),
+        "",
+        "First the speed-up in time at each speed-up in FLOPs, then median and P5 of PSNR at each speed-up in time.",
         "",
         f"| method | {' | '.join(f'time at {s:g}x FLOPs' for s in ASKED)} | "
         f"{' | '.join(f'dB at {s:g}x time' for s in ASKED)} |",

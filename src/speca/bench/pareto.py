@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +19,30 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: its realised speed, and the quality (N,) of each sample, seeds in the same order everywhere."""
+    """One setting: its realised speed, and the quality (N,) of each sample, seeds in the same order everywhere.
+
+    `redrawn` holds speeds (DRAWS,) that other rounds of timing might have given; None where speed is counted and not
+    timed, or where nothing is known of how times scatter.
+    """
 
     speed: float
     values: tuple[float, ...]
+    redrawn: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a method gives at a speed: quality (N,) of each sample; and, where it was timed, (DRAWS, N) of other rounds.
+
+    A draw whose rounds leave the speed outside the sweep is NaN, and intervals are taken over the others.
+    """
+
+    values: Tensor
+    redrawn: Tensor | None = None
+
+    def others(self) -> Tensor:
+        """Quality (DRAWS, N) or (1, N) as other rounds of timing would have it."""
+        return self.values[None] if self.redrawn is None else self.redrawn
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -38,13 +60,39 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 def at_speed(points: Sequence[Point], speed: float) -> Tensor | None:
     """Quality (N,) at `speed`, linear in log speed between two neighbours of the front of one sweep; None outside."""
-    ordered = front(points)
-    for low, high in pairwise(ordered):
-        if low.speed <= speed <= high.speed:
-            width = math.log(high.speed / low.speed)
-            share = math.log(speed / low.speed) / width if width else 0.0
-            return torch.lerp(_values(low), _values(high), share)
-    return None
+    found = reading(points, speed, redraw=False)
+    return None if found is None else found.values
+
+
+def reading(points: Sequence[Point], speed: float, redraw: bool = True) -> Reading | None:
+    """`at_speed`, and with `redraw` the same with the front and the neighbours of every draw of the speeds."""
+    if not points:
+        return None
+    ordered = sorted(points, key=lambda p: -_median(p))
+    values = torch.stack([_values(p) for p in ordered])
+    as_timed = _between(values, torch.tensor([[p.speed for p in ordered]], dtype=torch.float64), speed)[0]
+    if as_timed.isnan().any():
+        return None
+    if not redraw or all(p.redrawn is None for p in ordered):
+        return Reading(as_timed)
+    speeds = [torch.full((DRAWS,), p.speed).double() if p.redrawn is None else p.redrawn for p in ordered]
+    return Reading(as_timed, _between(values, torch.stack(speeds, 1), speed))
+
+
+def _between(values: Tensor, speeds: Tensor, speed: float) -> Tensor:
+    """Qualities (D, N) at `speed` from settings of qualities (S, N), best median first, and speeds (D, S)."""
+    fastest = speeds.argsort(dim=1, descending=True, stable=True)
+    median = values.quantile(0.5, dim=1)[fastest]
+    best = torch.nn.functional.pad(median.cummax(1).values[:, :-1], (1, 0), value=-math.inf)
+    ordered, kept = speeds.gather(1, fastest), median > best
+    slower, faster = kept & (ordered <= speed), kept & (ordered >= speed)
+    low = ordered.where(slower, 0.0).argmax(1, keepdim=True)
+    high = ordered.where(faster, math.inf).argmin(1, keepdim=True)
+    start, end = ordered.gather(1, low).log(), ordered.gather(1, high).log()
+    share = torch.where(end > start, (math.log(speed) - start) / (end - start), 0.0)
+    low, high = (fastest.gather(1, k).squeeze(1) for k in (low, high))
+    read = torch.lerp(values[low], values[high], share)
+    return read.where((slower.any(1) & faster.any(1))[:, None], math.nan)
 
 
 def needed(points: Sequence[Point], target: float, q: float = 0.5) -> float | None:
@@ -61,19 +109,46 @@ def needed(points: Sequence[Point], target: float, q: float = 0.5) -> float | No
     return best
 
 
-def median_interval(values: Tensor, seed: int = 0) -> tuple[float, float, float]:
-    """Median of `values` (N,) with its 95 % bootstrap interval."""
-    drawn = values[_draws(len(values), seed)].quantile(0.5, dim=1)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return float(values.quantile(0.5)), low, high
+def median_interval(found: Reading, seed: int = 0) -> tuple[float, float, float]:
+    """Median over samples, with its 95 % bootstrap interval over samples and rounds of timing."""
+    return float(found.values.quantile(0.5)), *_interval(_resampled(found.others(), seed).quantile(0.5, dim=1))
 
 
-def paired_difference(one: Tensor, other: Tensor, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of `one - other`, both (N,) over the same seeds, with its 95 % bootstrap interval."""
-    gaps = one - other
-    drawn = gaps[_draws(len(gaps), seed)].mean(1)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=gaps.dtype)).tolist()
-    return float(gaps.mean()), low, high
+def paired_difference(one: Reading, other: Reading, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of `one - other`, both of the same seeds, with its 95 % bootstrap interval over samples and rounds."""
+    drawn = _resampled(one.others() - other.others(), seed).mean(1)
+    return float((one.values - other.values).mean()), *_interval(drawn)
+
+
+def redrawn(rounds: Mapping[tuple[str, Any], Sequence[float]], seed: int = 0) -> dict[tuple[str, Any], Tensor]:
+    """Medians over rounds (DRAWS,) that other rounds would have given, for each (method, setting) of `rounds`.
+
+    What the machine does meanwhile moves a whole round of a method, so rounds are drawn, not single times: each round
+    of a method is replaced by some round of any method, and a setting in it is off by what one in that round was off.
+    All methods lend to each other: a machine treats them alike, and one that was timed once has nothing of its own.
+    Empty, where no setting was timed twice.
+    """
+    off: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for (method, _), speeds in rounds.items():
+        if (count := len(speeds)) > 1:
+            logs = [math.log(s) for s in speeds]
+            for number, value in enumerate(logs):  # deviations from a mean of few are too small by this factor
+                off[method, number].append((value - statistics.fmean(logs)) * math.sqrt(count / (count - 1)))
+    if not off:
+        return {}
+    flat = torch.tensor([x for block in off.values() for x in block], dtype=torch.float64)
+    size = torch.tensor([len(block) for block in off.values()])
+    start, generator = size.cumsum(0) - size, torch.Generator().manual_seed(seed)
+    found, block = {}, {}
+    for (method, setting), speeds in rounds.items():
+        if method not in block:
+            longest = max(len(s) for (m, _), s in rounds.items() if m == method)
+            block[method] = torch.randint(len(size), (DRAWS, longest), generator=generator)
+        at = block[method][:, : len(speeds)]
+        member = (torch.rand(at.shape, generator=generator) * size[at]).long()
+        moved = flat[start[at] + member].quantile(0.5, dim=1).exp()
+        found[method, setting] = statistics.median(speeds) * moved
+    return found
 
 
 def _median(point: Point) -> float:
@@ -84,5 +159,13 @@ def _values(point: Point) -> Tensor:
     return torch.tensor(point.values, dtype=torch.float64)
 
 
-def _draws(count: int, seed: int) -> Tensor:
-    return torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))
+def _resampled(values: Tensor, seed: int) -> Tensor:
+    """Samples drawn anew, with replacement, from (DRAWS, N) or (1, N): (DRAWS, N)."""
+    count = values.shape[1]
+    drawn = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))
+    return values.expand(DRAWS, count).gather(1, drawn)
+
+
+def _interval(drawn: Tensor) -> tuple[float, float]:
+    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    return low, high

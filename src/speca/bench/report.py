@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .measure import IDENTICAL
-from .pareto import SPEEDS, Point, at_speed, median_interval, needed, paired_difference
+from .pareto import SPEEDS, Point, at_speed, median_interval, needed, paired_difference, reading, redrawn
 from .signals import verdicts
 
 Rows = Sequence[dict[str, Any]]
@@ -48,15 +48,18 @@ def curves(rows: Rows, axis: str = "flops", metric: str = "psnr", oracles: bool 
     """The sweep of each method: realised speed along `axis` ("flops" or "wall") and quality of each sample.
 
     Settings that drew what the full run draws are left out: their PSNR is a cap, and what is read off on the way to a
-    cap is made up.
+    cap is made up. Speeds in time carry what other rounds of timing might have given.
     """
-    found: dict[str, list[Point]] = {}
-    for row in measured(rows):
+    settings, found = measured(rows), dict[str, list[Point]]()
+    times = {(r["method"], r["value"]): r["wall_all"] for r in settings if r["wall_all"] and r["method"] != "none"}
+    others = redrawn(times) if axis == "wall" else {}
+    for row in settings:
         exact = row.get("psnr") and statistics.median(row["psnr"]) >= IDENTICAL
         if exact or row["method"] == "none" or not row.get(metric) or (row["family"] == "oracle" and not oracles):
             continue
         if row[f"{axis}_speedup"] is not None:
-            found.setdefault(row["method"], []).append(Point(row[f"{axis}_speedup"], tuple(row[metric])))
+            point = Point(row[f"{axis}_speedup"], tuple(row[metric]), others.get((row["method"], row["value"])))
+            found.setdefault(row["method"], []).append(point)
     return found
 
 
@@ -69,16 +72,16 @@ def families(rows: Rows) -> dict[str, str]:
 def table(rows: Rows, speed: float, axis: str) -> list[str]:
     """Markdown: every method at one speed, best median first; the difference is paired with `speca`."""
     found, similar = curves(rows, axis), curves(rows, axis, "ssim")
-    ours, family = at_speed(found.get(OURS, []), speed), families(rows)
+    ours, family = reading(found.get(OURS, []), speed), families(rows)
     lines = []
     for name, points in found.items():
-        values = at_speed(points, speed)
-        if values is None:
+        read = reading(points, speed)
+        if read is None:
             continue
-        median, low, high = median_interval(values)
-        versus = "-"
+        median, low, high = median_interval(read)
+        values, versus = read.values, "-"
         if ours is not None and name != OURS:
-            mean, least, most = paired_difference(values, ours)
+            mean, least, most = paired_difference(read, ours)
             mark = " *" if least > 0 or most < 0 else ""
             versus = f"{mean:+.2f} [{least:+.2f}, {most:+.2f}]{mark}"
         alike = at_speed(similar.get(name, []), speed)
@@ -278,7 +281,8 @@ def about(row: dict[str, Any]) -> list[str]:
         f"{seeds[-1]}). Each is compared with the full run of its own seed. Schedules were searched, and rivals "
         f"calibrated, on seeds from {tuning[0]}. A method's value at a speed lies between two neighbours of the best "
         "settings of its own sweep, never beyond. Names in italics are oracles: they know the full run, and no method "
-        "can. A star marks a difference whose 95 % interval leaves out zero."
+        "can. A star marks a difference whose 95 % interval leaves out zero; intervals are over samples "
+        "and, where speed is time, over rounds of timing."
         + (" Seconds are processor seconds." if row["hardware"].get("device") == "cpu" else ""),
         f"Hardware: {machine}. Versions: {', '.join(f'{k} {v}' for k, v in row['versions'].items())}.",
     ]
