@@ -11,6 +11,9 @@ import torch
 
 import tiny
 
+FAR = "SPECA_FAR" in os.environ
+collect_ignore = [] if FAR else ["far"]  # it gives torch another device, for good: `test_far.py` runs it in a process
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:

@@ -55,7 +55,7 @@ Batch = Annotated[int, typer.Option(help="Most images in one call of the pipelin
 Out = Annotated[Path, typer.Option(help="Folder for images or clips, timeline.png, report.json, grid.png.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the model.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 and so on. Default: cuda if there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps... Default: the accelerator, if any.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's own choice.")]
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -39,7 +39,7 @@ def batch(
     memory: Annotated[str | None, typer.Option(help="What requests may hold, e.g. 8GiB. Default: any.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda and so on. Default: cuda if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps... Default: the accelerator, if any.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's choice.")] = None,
 ) -> None:
     """Make an image for each line of a file, many at a time. What is there already is not made again.

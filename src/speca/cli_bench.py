@@ -25,7 +25,7 @@ def bench(
     prompts: Annotated[Path | None, typer.Option(help="Of a paper's suite: file with one prompt a line.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Of a paper's suite: folder of real images.")] = None,
     samples: Annotated[int | None, typer.Option(help="Of a paper's suite: fewer samples than the paper's.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda and so on. Default: cuda if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps... Default: the accelerator, if any.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads, 1 or more; fixed, so that times compare.")] = 1,
 ) -> None:

@@ -19,7 +19,7 @@ def calibrate(
         "calibration.json"
     ),
     batch: Annotated[int, typer.Option(help="Samples in one call, 1 or more.")] = 16,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda and so on. Default: cuda if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps... Default: the accelerator, if any.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: PyTorch's choice.")] = None,
 ) -> None:

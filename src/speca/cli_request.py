@@ -191,15 +191,18 @@ def load(model: str, dtype: str, device: str | None, threads: int | None) -> Dif
 
 
 def _device(name: str | None) -> str:
-    """`name` if something can be put there, else InputError; None means the GPU if there is one."""
+    """`name` if something can be put there, else InputError; None means the accelerator if there is one."""
     import torch
 
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return "cpu" if found is None else found.type
     try:
         torch.zeros(1, device=name).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name} cannot be used here; use cpu, or cuda on a machine with a GPU.") from error
+        raise InputError(
+            f"--device {name} cannot be used here; use cpu, or cuda or mps on a machine with one."
+        ) from error
     return name
 
 

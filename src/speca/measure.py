@@ -184,9 +184,9 @@ class _Clock:
 
 
 def _now() -> float:
-    """Seconds, after all work given to a GPU is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Seconds, after all work given to an accelerator is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 

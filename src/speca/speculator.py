@@ -20,7 +20,7 @@ from .config import SpecaConfig
 from .core.controller import ACCEPTED, FULL, REJECTED, Plan, Trajectory, controller
 from .core.corrector import Corrector, Transition, polynomial, quadrature
 from .core.forecast import forecaster
-from .core.history import History
+from .core.history import History, table
 from .core.placement import cheapest, place
 from .core.prior import DEPTH, Prior
 from .core.verify import error_function
@@ -133,7 +133,7 @@ class Speculator:
         if corrector is None or not taken:
             return
         main = rowwise.main(out, len(rows), work.arguments)
-        part = torch.tensor([rows.index(row) for row in taken], device=main.device)
+        part = table([rows.index(row) for row in taken], main.device)
         transition = work.transitions[work.position.index]
         by_row = {row: t for t in work.branch.trajectories for row in t.rows}
         if transition.pull and self.config.corrector:
@@ -162,7 +162,7 @@ class Speculator:
             moved, index = _rows(drafted), {row: i for i, row in enumerate(rows)}
             rule = polynomial if work.prior is None else work.prior.rule
             of = {row: quadrature([here, *t.anchors], corrector.drafts[row], rule) for t in drafted for row in t.rows}
-            part = torch.tensor([index[row] for row in moved], device=main.device)
+            part = table([index[row] for row in moved], main.device)
             moves, sizes = corrector.move(moved, told[part], [of[row] for row in moved], transition)
             self._plan_ahead(corrector, drafted, moved, sizes)
             if self.config.corrector:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from speca.core.history import History
+from speca.core.history import History, table
 
 
 def feature(row: int, step: int) -> torch.Tensor:
@@ -81,3 +82,22 @@ def test_no_weight_at_all_gives_nothing() -> None:
     history = History(3, 2)
     history.push([0, 1], [torch.ones(2, 4)])
     assert history.forecast([1], torch.zeros(1, 3, dtype=torch.float64))[0].tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize(("kind", "ahead"), [("cuda", True), ("mps", False), ("cpu", False)])
+def test_numbers_go_to_a_device_without_waiting_where_that_is_safe(
+    kind: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From pinned memory, which is kept until the copy is done; elsewhere as plainly as ever."""
+    asked, place = Mock(), torch.device(kind)
+    monkeypatch.setattr(torch, "as_tensor", lambda values, dtype: asked)
+    table([1, 2], place)
+    assert asked.pin_memory.called == ahead
+    sent = asked.pin_memory.return_value if ahead else asked
+    sent.to.assert_called_once_with(place, non_blocking=ahead)
+
+
+def test_a_table_holds_what_was_given() -> None:
+    found = table([[1, 2], [3, 4]], torch.device("cpu"), torch.float32)
+    assert found.dtype == torch.float32 and found.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert table(torch.tensor([0.5], dtype=torch.float64), torch.device("cpu"), torch.float32).dtype == torch.float32

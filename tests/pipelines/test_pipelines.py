@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 
 import diffusers
 import pytest
@@ -43,14 +42,6 @@ def expected(steps: int) -> str:
     return ("FFF" + "AAAF" * steps)[: steps - 1] + "F"
 
 
-def threshold_in_a_gap(case: tiny.Case) -> float:
-    """A threshold that rejects some drafts and accepts others, far from any error, so that rounding decides nothing."""
-    errors = sorted(e for s in speca.report(case.pipe).samples for e in s.errors if e is not None)
-    middle = errors[len(errors) // 4 : 3 * len(errors) // 4]
-    ratio, low = max((high / low, low) for low, high in itertools.pairwise(middle) if low > 0)
-    return low * ratio**0.5
-
-
 def test_exact_at_threshold_zero_and_restored(named: str) -> None:
     case, plain = prepared(named)
     assert torch.isfinite(plain).all()
@@ -82,7 +73,12 @@ def test_two_at_once_are_each_alone(named: str) -> None:
     speca.enable(case.pipe, **LOOSE)
     case(SEEDS)
     speca.enable(
-        case.pipe, tiny.VERIFYING, threshold=threshold_in_a_gap(case), threshold_decay=1.0, min_draft=0, max_draft=4
+        case.pipe,
+        tiny.VERIFYING,
+        threshold=tiny.threshold_in_a_gap(case),
+        threshold_decay=1.0,
+        min_draft=0,
+        max_draft=4,
     )
     together, decided = case(SEEDS), decisions(case)
     assert {"A", "R"} <= set("".join(decided))

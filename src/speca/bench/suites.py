@@ -71,7 +71,7 @@ class Suite:
 
 
 SUITES = {
-    "quick": Suite(samples=6, tuning=4, tries=3, sweep=3, batch=6, timings=(Timing(2, 2),)),
+    "quick": Suite(samples=6, tuning=4, tries=3, sweep=4, batch=6, timings=(Timing(2, 2),)),
     "full": Suite(
         samples=32, tuning=8, tries=14, batch=16, features=True, signals=8,
         timings=(Timing(8, 1), Timing(8, 2, near=True), Timing(1, 3, near=True), Timing(32, 1, near=True)),

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .forecast import newton
-from .history import History
+from .history import History, table
 
 Value = TypeVar("Value", float, np.ndarray[Any, np.dtype[np.float64]], Tensor)
 
@@ -149,7 +149,7 @@ class Corrector:
         if self._drift is None:
             shape = (len(transition.keep), len(self.drafts), *out.shape[1:])
             self._drift = out.new_zeros(shape, dtype=torch.float32)
-        index = torch.tensor(list(rows), device=out.device)
+        index = table(list(rows), out.device)
         drift = advance(list(self._drift.index_select(1, index)), transition, out.float())
         self._drift.index_copy_(1, index, torch.stack(drift))
         for row in rows:
@@ -173,10 +173,10 @@ class Corrector:
             errors (n,): root mean squares of the full moves here, in units of the straight path.
         """
         assert self._drift is not None
-        index = torch.tensor(list(rows), device=out.device)
+        index = table(list(rows), out.device)
         width = 1 + self.history.depth
         weights = torch.tensor([[[*o, *[0.0] * (width - len(o))] for o in row] for row in omega], dtype=torch.float64)
-        newest = weights[:, :, 0].to(out.device, torch.float32).view(*weights.shape[:2], *[1] * (out.dim() - 1))
+        newest = table(weights[:, :, 0], out.device, torch.float32).view(*weights.shape[:2], *[1] * (out.dim() - 1))
         told, moves = out.float(), []
         for later, drift in enumerate(self._drift.index_select(1, index)):
             older = self.history.forecast(rows, weights[:, later, 1:])[0]
@@ -189,7 +189,7 @@ class Corrector:
 
     def owe(self, rows: Sequence[int], moves: Sequence[Tensor]) -> None:
         """Note that samples of `rows` are to be moved, p times (n, ...)."""
-        index = torch.tensor(list(rows), device=moves[0].device)
+        index = table(list(rows), moves[0].device)
         if self._owed is None:
             assert self._drift is not None
             self._owed = torch.zeros_like(self._drift)
@@ -202,7 +202,7 @@ class Corrector:
         """
         if self._owed is None:
             return None
-        index = torch.tensor(list(rows), device=self._owed.device)
+        index = table(list(rows), self._owed.device)
         due = advance(list(self._owed.index_select(1, index)), here)
         paid = torch.zeros_like(due[0]) if here.still else due[0] / here.move[0]
         if len(due) == 1:  # without memory all is paid at once
@@ -216,7 +216,7 @@ class Corrector:
         """Rows were computed in full: keep `out` (n, ...), changed by `change`, and begin a new draft."""
         self.history.push(rows, [out.float() + change, change])
         if self._drift is not None:
-            self._drift.index_fill_(1, torch.tensor(list(rows), device=out.device), 0.0)
+            self._drift.index_fill_(1, table(list(rows), out.device), 0.0)
         for row in rows:
             self.drafts[row] = []
 

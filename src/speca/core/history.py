@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def table(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host, such as indices and weights, as a tensor on `device`, without waiting for the device.
+
+    A plain copy makes the host wait until a CUDA device has done all it was given before; one from pinned memory does
+    not. Other devices are left alone: Apple's would read memory that is gone by then (pytorch/pytorch#189690).
+    """
+    found, ahead = torch.as_tensor(values, dtype=dtype), device.type == "cuda"
+    return (found.pin_memory() if ahead else found).to(device, non_blocking=ahead)
 
 
 class History:
@@ -37,8 +48,8 @@ class History:
                 if len(at) == self.rows:
                     buffer[slot].copy_(feature)
                 else:
-                    index = torch.tensor([rows[i] for i in at], device=feature.device)
-                    part = feature if len(at) == len(rows) else feature[torch.tensor(at, device=feature.device)]
+                    index = table([rows[i] for i in at], feature.device)
+                    part = feature if len(at) == len(rows) else feature[table(at, feature.device)]
                     buffer[slot].index_copy_(0, index, part.to(buffer[slot].dtype))
         for row in rows:
             self.pushes[row] += 1
@@ -60,8 +71,8 @@ class History:
         by_slot = torch.zeros(len(rows), self.depth, dtype=weights.dtype).scatter_(1, slots, weights)
         used = [k for k in range(self.depth) if bool(by_slot[:, k].any())] or [0]
         device = self._buffers[0][0].device
-        scale = by_slot.to(device, torch.float32)
-        index = None if list(rows) == list(range(self.rows)) else torch.tensor(rows, device=device)
+        scale = table(by_slot, device, torch.float32)
+        index = None if list(rows) == list(range(self.rows)) else table(rows, device)
         out = []
         for buffer, dtype in zip(self._buffers, self._given, strict=True):
             total: Tensor | None = None
@@ -76,7 +87,7 @@ class History:
         """A copy that holds only `rows`, in that order."""
         part = History(self.depth, len(rows), self.dtype)
         part.pushes, part._given = [self.pushes[row] for row in rows], list(self._given)
-        part._buffers = [[slot[torch.tensor(rows, device=slot.device)] for slot in buffer] for buffer in self._buffers]
+        part._buffers = [[slot[table(rows, slot.device)] for slot in buffer] for buffer in self._buffers]
         return part
 
     def scatter(self, rows: Sequence[int], part: History) -> None:
@@ -90,7 +101,7 @@ class History:
             self._buffers = [[s.new_zeros((self.rows, *s.shape[1:])) for s in buffer] for buffer in part._buffers]
         for mine, theirs in zip(self._buffers, part._buffers, strict=True):
             for slot, source in zip(mine, theirs, strict=True):
-                slot[torch.tensor(rows, device=slot.device)] = source
+                slot[table(rows, slot.device)] = source
 
     def bytes(self) -> int:
         """Bytes held, all rows and streams together."""

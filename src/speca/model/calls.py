@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .overrides import TIME_ARGUMENTS
+from .stack import callers
 
 CONDITION_WORDS = ("encoder", "text", "cap", "pooled", "label", "prompt")
 """What the names of arguments contain that hold a condition, which tells a branch from its siblings."""
@@ -101,17 +102,36 @@ class Clock:
         return True
 
     def _without_reading(self, given: Any, context: Any) -> int | None:
-        """The step index where it is known on the host: from the context, or as `given` is a view of the timesteps."""
+        """The step index where it is known on the host.
+
+        From the context; as `given` is a view of the timesteps; or, where it is on a device, from the scheduler's own
+        index or what a pipeline's loop runs over.
+        """
         index = getattr(context, "step_index", None)
         if index is not None:
             return int(index)
-        if isinstance(given, Tensor) and isinstance(self._timesteps, Tensor):
-            steps = self._timesteps
-            same = given.untyped_storage().data_ptr() == steps.untyped_storage().data_ptr()
-            if same and given.dtype == steps.dtype and not any(given.stride()):
-                return int(given.storage_offset() - steps.storage_offset())
-            if given.device.type != "cpu":
-                return self.host_index()
+        index = self._element(given)
+        known = isinstance(given, Tensor) and isinstance(self._timesteps, Tensor)
+        if index is None and known and given.device.type != "cpu":
+            index = self.host_index()
+            return self._of_loop() if index is None else index
+        return index
+
+    def _element(self, given: Any) -> int | None:
+        """Which one of the timesteps it is, where it is a view of one of them."""
+        steps = self._timesteps
+        if not isinstance(given, Tensor) or not isinstance(steps, Tensor) or given.dtype != steps.dtype:
+            return None
+        same = given.untyped_storage().data_ptr() == steps.untyped_storage().data_ptr()
+        return int(given.storage_offset() - steps.storage_offset()) if same and not any(given.stride()) else None
+
+    def _of_loop(self) -> int | None:
+        """The one timestep that the innermost caller with any holds in its variables: its loop's, as in `DiTPipeline`,
+        whose scheduler keeps no index, and which copies the timestep to the device at each step."""
+        for frame in callers():
+            held = {self._element(value) for value in list(frame.f_locals.values())} - {None}
+            if held:
+                return held.pop() if len(held) == 1 else None
         return None
 
     def _read(self, given: Any) -> float | None:

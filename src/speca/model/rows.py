@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..core.history import table
 from ..errors import UnsupportedModelError
 from .overrides import ROW_DIMENSIONS
 
@@ -54,7 +55,7 @@ def weights(arguments: dict[str, Any], total: int) -> list[float]:
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.dim() and value.shape[0] == total and ROW_DIMENSIONS.get(name, 0) == 0:
             if _is_mask(name, value):
-                used = value.flatten(1).double().sum(1) if value.dim() > 1 else value.double()
+                used = value.count_nonzero(1) if value.dim() > 1 else value
                 found = [w + u for w, u in zip(found, used.tolist(), strict=True)]
         elif isinstance(value, (list, tuple)) and len(value) == total and all(isinstance(v, Tensor) for v in value):
             found = [w + v.numel() for w, v in zip(found, value, strict=True)]
@@ -84,7 +85,7 @@ def _select(value: Any, rows: Sequence[int], total: int, listed: bool, dim: int 
         return _fresh(value)
     if isinstance(value, Tensor):
         if _owned(value, total, dim):
-            return value.index_select(dim, torch.tensor(rows, device=value.device))
+            return value.index_select(dim, table(rows, value.device))
         return value
     if isinstance(value, dict):
         return {k: _select(v, rows, total, listed, dim) for k, v in value.items()}
@@ -232,7 +233,7 @@ def _merge_tensors(parts: Sequence[tuple[Sequence[int], Tensor]], total: int) ->
     merged = first.new_empty((total, fold, *first.shape[1:]))
     for rows, out in parts:
         part = out.reshape(len(rows), fold, *out.shape[1:])
-        merged.index_copy_(0, torch.tensor(rows, device=out.device), part)
+        merged.index_copy_(0, table(rows, out.device), part)
     return merged.flatten(0, 1)
 
 

@@ -182,8 +182,14 @@ def _path(scheduler: Any, noise: float) -> list[float]:
 
 
 def _fresh(scheduler: Any) -> Any:
-    """A copy that has not been stepped: one that has takes every timestep for the one it stands at."""
+    """A copy on the host that has not been stepped: one that has takes every timestep for the one it stands at.
+
+    Schedulers of flows keep their sigmas where the pipeline runs; those of a GPU do not go with samples of the host.
+    """
     trial = copy.deepcopy(scheduler)
+    for name, value in vars(trial).items():
+        if isinstance(value, Tensor):
+            setattr(trial, name, value.cpu())
     for name, before in STATE.items():
         if name in vars(trial):
             setattr(trial, name, before(vars(trial)[name]))
