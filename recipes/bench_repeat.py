@@ -70,9 +70,10 @@ def main(
     pairs = [(known[key], r) for r in map(_hashable, measured(second)) if (key := (r["method"], r["value"])) in known]
     apart = [max(abs(x - y) for x, y in zip(a["psnr"], b["psnr"], strict=True)) for a, b in pairs]
     same = sum(value == 0 for value in apart)
-    console.print(
-        f"{same} of {len(pairs)} settings gave the same PSNR for every sample, others within {max(apart):.3f} dB"
-    )
+    if two:
+        console.print(
+            f"{same} of {len(pairs)} settings gave the same PSNR for every sample, others within {max(apart):.3f} dB"
+        )
     ratios = [b["wall_speedup"] / a["wall_speedup"] for a, b in pairs if a["wall_speedup"] and b["wall_speedup"]]
     if ratios:
         off = sorted(abs(ratio - 1) for ratio in ratios)
