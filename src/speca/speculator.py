@@ -178,8 +178,11 @@ class Speculator:
     def _plan_ahead(
         self, corrector: Corrector, drafted: Sequence[Trajectory], rows: Sequence[int], sizes: Tensor
     ) -> None:
-        """Let the controller plan the next drafts of samples by the estimated errors (n,) of their rows."""
-        if not self.controller.plans_ahead:
+        """Let the controller plan the next drafts of samples by the estimated errors (n,) of their rows.
+
+        Where a prior has placed the full steps there is nothing to plan, and nothing need be read.
+        """
+        if not self.controller.plans_ahead or all(t.placement is not None for t in drafted):
             return
         by_row = dict(zip(rows, self._read(sizes), strict=True))
         for trajectory in drafted:

@@ -121,7 +121,7 @@ def test_rows_are_picked_and_put_back_there(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", tiny.PIPELINES)
 def test_a_prior_drafts_and_corrects_there(name: str) -> None:
-    """Drafts of the output, placed by the sampler alone."""
+    """Drafts of the output, placed by the sampler alone; so the host need not know a single number."""
     case = tiny.PIPELINES[name]()
     settings: dict[str, Any] = dict(speedup=3.0, prior="auto")
     speca.enable(case.pipe, **settings)
@@ -135,6 +135,7 @@ def test_a_prior_drafts_and_corrects_there(name: str) -> None:
     demand_same(near, made)
     assert (uncorrected - near).abs().max() > 1e-2 * near.abs().max()
     assert found.samples == expected.samples and found.notes == expected.notes
+    assert found.host_reads == expected.host_reads == 0
 
 
 def test_the_step_is_known_without_reading_it() -> None:
