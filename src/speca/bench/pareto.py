@@ -75,7 +75,7 @@ def reading(points: Sequence[Point], speed: float, redraw: bool = True) -> Readi
         return None
     if not redraw or all(p.redrawn is None for p in ordered):
         return Reading(as_timed)
-    speeds = [torch.full((DRAWS,), p.speed).double() if p.redrawn is None else p.redrawn for p in ordered]
+    speeds = [torch.full((DRAWS,), p.speed, dtype=torch.float64) if p.redrawn is None else p.redrawn for p in ordered]
     return Reading(as_timed, _between(values, torch.stack(speeds, 1), speed))
 
 
@@ -139,12 +139,12 @@ def redrawn(rounds: Mapping[tuple[str, Any], Sequence[float]], seed: int = 0) ->
     flat = torch.tensor([x for block in off.values() for x in block], dtype=torch.float64)
     size = torch.tensor([len(block) for block in off.values()])
     start, generator = size.cumsum(0) - size, torch.Generator().manual_seed(seed)
-    found, block = {}, {}
+    found, picked = {}, {}
     for (method, setting), speeds in rounds.items():
-        if method not in block:
+        if method not in picked:
             longest = max(len(s) for (m, _), s in rounds.items() if m == method)
-            block[method] = torch.randint(len(size), (DRAWS, longest), generator=generator)
-        at = block[method][:, : len(speeds)]
+            picked[method] = torch.randint(len(size), (DRAWS, longest), generator=generator)
+        at = picked[method][:, : len(speeds)]
         member = (torch.rand(at.shape, generator=generator) * size[at]).long()
         moved = flat[start[at] + member].quantile(0.5, dim=1).exp()
         found[method, setting] = statistics.median(speeds) * moved
