@@ -30,7 +30,7 @@ from speca.zoo import call_arguments, resolve
 PERIOD = dict(controller="interval", warmup=3, final=1)
 VERIFIED = dict(preset="paper", forecaster="newton", order=1, threshold_decay=1.0, final=1)
 BARE: dict[str, Any] = dict(prior="none")  # polynomials, and neither a measured prior nor the generic one
-UNMEASURED: dict[str, Any] = dict(calibration=False, prior="auto")  # the generic prior in place of the measured one
+UNMEASURED: dict[str, Any] = dict(calibration=False, prior="generic")  # the generic prior in place of the measured one
 PLACED = "placed"
 """Stands for the prior's placement of `steps / speedup` full steps, to be played in other ways."""
 

@@ -98,7 +98,7 @@ def main(
     settings: dict[str, dict[str, Any]] = {
         "speca.enable(transformer, scheduler=..., speedup=...)": dict(speedup=speedup),
         "the same, calibrated": dict(speedup=speedup, calibration=Calibration.beside(pipe)),
-        "the same, prior='auto'": dict(speedup=speedup, prior="auto"),
+        "the same, prior='generic'": dict(speedup=speedup, prior="generic"),
     }
     for name, chosen in schedules(pipe, steps, full, tuning, tries).items():
         settings[f"Taylor-1, {name} steps"] = dict(TAYLOR, schedule=tuple(chosen))

@@ -43,14 +43,15 @@ def made(pipe: DiffusionPipeline, call: Call, seeds: list[int], batch: int, meth
     """The samples of `seeds` by a method that computes `full` steps."""
     steps = call["num_inference_steps"]
     budget = dict(warmup=2, final=0, tolerance=0.0)
+    even = dict(**budget, measured=False, prior="none")
     apply, value = {
         "": (plain, None),
         "fewer steps": (fewer_steps, full),
         "even periods, order 1": (scheduled(corrector=False), uniform_schedule(steps, full)),
         "even budget, not corrected": (
-            speca_with("speedup", "balanced", measured=False, corrector=False, **budget), steps / full
+            speca_with("speedup", "balanced", corrector=False, **even), steps / full
         ),
-        "even budget": (speca_with("speedup", "balanced", measured=False, **budget), steps / full),
+        "even budget": (speca_with("speedup", "balanced", **even), steps / full),
         "budget and prior": (speca_with("speedup", "balanced", **budget), steps / full),
     }[method]  # fmt: skip
     with apply(pipe, call, value) as setup:

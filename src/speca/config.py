@@ -49,7 +49,8 @@ class SpecaConfig:
             the model's own head; "output", the model's output, which costs nothing of the model and cannot be checked;
             "auto", the output where a prior is at hand. Outputs need a linear sampler, else features are forecast.
         prior: what is taken to be known of a run beforehand, where the sampler is linear (`core/prior.py`): "measured",
-            what was measured of the model, if anything; "auto" that, else the generic prior; "none" nothing, so that
+            what was measured of the model, if anything; "generic" that, else what the sampler alone tells
+            (`core/generic.py`); "auto" that only where a budget leaves few full steps; "none" nothing, so that
             forecasts and corrections are polynomials, and full steps come as their errors or an even share say.
         history_dtype: storage of kept features: "model" (as computed), "float32", "bfloat16" or "float16".
     """
@@ -73,7 +74,7 @@ class SpecaConfig:
     speedup: float = 0.0
     schedule: tuple[int, ...] = ()
     drafts: Literal["auto", "features", "output"] = "auto"
-    prior: Literal["measured", "auto", "none"] = "measured"
+    prior: Literal["auto", "measured", "generic", "none"] = "auto"
     history_dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from .calibration import Calibration
 from .config import MIN_STEPS, SpecaConfig
 from .core.controller import FULL
 from .core.corrector import Transition
+from .core.generic import FEW
 from .core.prior import Prior
 from .course import Course
 from .errors import NotEnabledError
@@ -198,15 +199,19 @@ class Run:
         """What is known of this run beforehand; it places the full steps as the run begins."""
         speculator = self.speculator_of(course)
         measured, wanted = speculator.prior, speculator.config.prior
-        known = wanted == "auto" or (wanted == "measured" and measured is not None)
-        if not (known and linear and speculator.controller.heeds_prior):
+        few = speculator.controller.budget(position.total) <= FEW
+        generic = wanted == "generic" or (wanted == "auto" and few)
+        if wanted == "none" or not (linear and speculator.controller.heeds_prior and (generic or measured is not None)):
             return None
         if course.begin or not speculator.config.corrector:
-            course.note("the prior is not used: it needs the corrector, and a run from the first step on.")
+            if measured is not None or wanted == "generic":
+                course.note("the prior is not used: it needs the corrector, and a run from the first step on.")
             return None
         if measured is not None and measured.noisy != linear[0].noisy:
             other = "adds noise at each step" if measured.noisy else "adds none"
             course.note(f"the prior is not used: it was measured with a sampler that {other}, unlike this one.")
+            measured = None
+        if measured is None and not generic:
             return None
         prior = course.prior(measured, linear)
         if branch.last < 0 and prior is not None:

@@ -123,7 +123,7 @@ def test_rows_are_picked_and_put_back_there(name: str, kind: str) -> None:
 def test_a_prior_drafts_and_corrects_there(name: str) -> None:
     """Drafts of the output, placed by the sampler alone; so the host need not know a single number."""
     case = tiny.PIPELINES[name]()
-    settings: dict[str, Any] = dict(speedup=3.0, prior="auto")
+    settings: dict[str, Any] = dict(speedup=3.0, prior="generic")
     speca.enable(case.pipe, **settings)
     near, expected = run(case)
     speca.enable(case.pipe, **{**settings, "corrector": False})

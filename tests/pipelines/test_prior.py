@@ -12,6 +12,7 @@ import torch
 
 import speca
 import tiny
+from pipelines.cases import RECIPES
 from speca.calibration import BESIDE
 from speca.core.prior import Prior
 from speca.recording import record
@@ -157,7 +158,7 @@ def test_a_prior_serves_other_samplers(name: str) -> None:
 
     wanted = images()
     for calibration in (None, False):
-        speca.enable(pipe, speedup=3, calibration=calibration)
+        speca.enable(pipe, speedup=3, calibration=calibration, prior="measured")
         errors[calibration] = (images() - wanted).square().mean().item()
         report = speca.report(pipe)
         assert {s.decisions.count("F") for s in report.samples} == {6} and not report.notes[1:]
@@ -215,14 +216,36 @@ def test_a_model_brings_its_calibration(tmp_path: Path) -> None:
 
 def test_a_budget_of_an_unmeasured_model_can_be_placed_by_the_generic_prior() -> None:
     case, found = tiny.flux(), {}
-    for prior in ("auto", "measured", "none"):
+    for prior in ("generic", "measured", "none"):
         speca.enable(case.pipe, speedup=4, prior=prior)
         image = case([3, 8], steps=STEPS)
         found[prior] = image, decisions(case), speca.report(case.pipe).bytes_per_sample
         assert decisions(case)[0].count("F") == STEPS // 4
-    assert found["auto"][1][0] == found["auto"][1][1] != found["none"][1][0]
-    assert found["auto"][2] < found["none"][2], "outputs are smaller than features"
+    assert found["generic"][1][0] == found["generic"][1][1] != found["none"][1][0]
+    assert found["generic"][2] < found["none"][2], "outputs are smaller than features"
     assert torch.equal(found["measured"][0], found["none"][0]), "nothing was measured"
-    speca.enable(case.pipe, tolerance=0.02, prior="auto")
+    speca.enable(case.pipe, tolerance=0.02, prior="generic")
     case([3, 8], steps=STEPS)
     assert 2 < decisions(case)[0].count("F") < STEPS, "a tolerance is kept by the corrections of each sample"
+
+
+@pytest.mark.parametrize(("steps", "kind"), [(24, "generic"), (28, "measured")])
+def test_by_default_the_generic_prior_places_a_few_full_steps(steps: int, kind: str) -> None:
+    """Six, not seven."""
+    case, found = tiny.flux(), {}
+    for settings in ({}, dict(prior=kind)):
+        speca.enable(case.pipe, speedup=4, **settings)
+        found[bool(settings)] = case([3, 8], steps=steps)
+        assert decisions(case)[0].count("F") == steps // 4
+    assert torch.equal(found[True], found[False])
+    if kind == "generic":
+        speca.enable(case.pipe, speedup=4, prior="none")
+        assert not torch.equal(case([3, 8], steps=steps), found[True])
+
+
+def test_a_run_from_an_image_goes_without_and_says_nothing() -> None:
+    case = RECIPES["flux-img2img"].build()
+    for settings, said in (({}, 0), (dict(prior="generic"), 1)):
+        speca.enable(case.pipe, speedup=3, **settings)
+        case([3, 8], steps=STEPS)
+        assert sum("prior is not used" in note for note in speca.report(case.pipe).notes) == said

@@ -67,8 +67,16 @@ def _ours() -> list[Method]:
         "speca": ("tolerance", TOLERANCES, speca_with("tolerance", "balanced")),
         "speca-budget": ("speedup", SPEEDUPS, speca_with("speedup", "balanced")),
         "speca-unprepared": ("tolerance", TOLERANCES, speca_with("tolerance", "balanced", prior="none")),
-        "speca-generic": ("tolerance", TOLERANCES, speca_with("tolerance", "balanced", measured=False, prior="auto")),
-        "speca-generic-budget": ("speedup", SPEEDUPS, speca_with("speedup", "balanced", measured=False, prior="auto")),
+        "speca-generic": (
+            "tolerance",
+            TOLERANCES,
+            speca_with("tolerance", "balanced", measured=False, prior="generic"),
+        ),
+        "speca-generic-budget": (
+            "speedup",
+            SPEEDUPS,
+            speca_with("speedup", "balanced", measured=False, prior="generic"),
+        ),
         "speca-uncorrected": ("tolerance", TOLERANCES, speca_with("tolerance", "balanced", corrector=False)),
         "speca-verified": ("threshold", TAUS, speca_with("threshold")),
         "speca-paper": ("threshold", (0.05, 0.1, 0.3, 0.6, 2.0), speca_with("threshold", "paper")),

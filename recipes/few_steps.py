@@ -1,0 +1,70 @@
+"""What can be had with few full steps, by whom: the question of whoever runs 20 to 28 steps.
+
+    python recipes/few_steps.py emoji-flux                       # reporting seeds
+    python recipes/few_steps.py emoji-flux --seeds-from 800000   # those that `core/generic.py` FEW was chosen on
+
+At equal numbers of full steps stand fewer steps of the model's own sampler and of UniPC, and budgets of `speca`: with
+polynomials, placed by the generic prior, and by the measured one. The default for a model that nobody has measured is
+the generic prior up to FEW full steps, and polynomials beyond.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from speca.bench.methods import Apply, Call, fewer_steps, plain, solver, speca_with
+from speca.compare import psnr, quantile
+from speca.measure import Run, example_call, joined, run_once, split
+from speca.zoo import call_arguments, resolve
+
+COUNTS = (4, 5, 6, 7, 9)
+METHODS: dict[str, tuple[Apply, bool]] = {
+    "fewer steps": (fewer_steps, False),
+    "UniPC": (solver("UniPCMultistepScheduler"), False),
+    "polynomials": (speca_with("speedup", "balanced", measured=False, prior="none"), True),
+    "generic prior": (speca_with("speedup", "balanced", measured=False, prior="generic"), True),
+    "measured prior": (speca_with("speedup", "balanced"), True),
+}
+"""How a method is put on a pipeline, and whether its knob is a speed-up instead of a number of steps."""
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="A bundled model.")] = "emoji-flux",
+    samples: Annotated[int, typer.Option(help="Samples.", min=4)] = 32,
+    seeds_from: Annotated[int, typer.Option(help="The first seed.", min=0)] = 0,
+    steps: Annotated[list[int], typer.Option(help="Denoising steps.", min=10)] = [28],  # noqa: B006
+    batch: Annotated[int, typer.Option(help="Samples in one call.", min=1)] = 16,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+) -> None:
+    """Run and print a table: PSNR to the own full run of as many steps, median / 5th percentile in dB."""
+    torch.set_num_threads(threads)
+    pipe = resolve(model)
+    pipe.set_progress_bar_config(disable=True)
+    seeds = list(range(seeds_from, seeds_from + samples))
+    table = Table("steps", "full", *METHODS, title=f"{model}, seeds from {seeds_from}", title_style="")
+    for total in steps:
+        call: Call = {**call_arguments(model), **example_call(pipe, seeds), "num_inference_steps": total}
+
+        def made(apply: Apply, value: Any, call: Call = call) -> Run:
+            with apply(pipe, call, value) as setup:
+                return joined([run_once(pipe, *part, setup.session) for part in split(setup.call, seeds, batch)])
+
+        full = made(plain, None).images
+        for count in track(COUNTS, description=f"{model}, {total} steps"):
+            cells = []
+            for apply, is_speed in METHODS.values():
+                values = psnr(made(apply, total / count if is_speed else count).images, full).tolist()
+                cells.append(f"{float(np.median(values)):.1f} / {quantile(values, 0.05):.1f}")
+            table.add_row(str(total), str(count), *cells)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
