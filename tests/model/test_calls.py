@@ -62,6 +62,33 @@ def test_a_scheduler_that_keeps_its_index_spares_reading_the_device(begin: int) 
     assert c.device_reads == 0
 
 
+def test_a_loop_over_the_timesteps_spares_reading_the_device() -> None:
+    """As `DiTPipeline` has one: the scheduler keeps no index, and the timestep is copied to the device at each step."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(20)
+    c, unreadable = clock(scheduler), torch.empty(2, device="meta")
+
+    def a_pipeline(steps: Tensor) -> list[int]:
+        about = torch.eye(3).to_sparse()  # other things that a pipeline may hold
+        found = []
+        for t in steps:
+            found.append(placed(c.place(unreadable))[0])
+        return found if about.is_sparse else []
+
+    assert a_pipeline(scheduler.timesteps) == list(range(20)) and c.device_reads == 0
+
+
+def test_two_timesteps_at_hand_tell_nothing() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(20)
+    c = clock(scheduler)
+    assert c.place(scheduler.timesteps[0]) is not None
+    now, later = scheduler.timesteps[3], scheduler.timesteps[4]
+    assert c._of_loop() is None and not torch.equal(now, later)
+    del later
+    assert c._of_loop() == 3
+
+
 def test_branches_by_name_and_by_order() -> None:
     def fresh() -> Tensor:
         return torch.zeros(1)  # a pipeline that makes its conditions anew at each step leaves only the order
