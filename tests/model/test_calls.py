@@ -70,10 +70,8 @@ def test_a_loop_over_the_timesteps_spares_reading_the_device() -> None:
 
     def a_pipeline(steps: Tensor) -> list[int]:
         about = torch.eye(3).to_sparse()  # other things that a pipeline may hold
-        found = []
-        for t in steps:
-            found.append(placed(c.place(unreadable))[0])
-        return found if about.is_sparse else []
+        assert about.is_sparse
+        return [placed(c.place(unreadable))[0] for _ in steps]
 
     assert a_pipeline(scheduler.timesteps) == list(range(20)) and c.device_reads == 0
 

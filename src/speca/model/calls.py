@@ -129,7 +129,7 @@ class Clock:
         """The one timestep that the innermost caller with any holds in its variables: its loop's, as in `DiTPipeline`,
         whose scheduler keeps no index, and which copies the timestep to the device at each step."""
         for frame in callers():
-            numbers = [v for v in list(frame.f_locals.values()) if type(v) is Tensor and not v.dim()]
+            numbers = [v for v in list(frame.f_locals.values()) if isinstance(v, Tensor) and not v.dim()]
             held = {self._element(number) for number in numbers} - {None}
             if held:
                 return held.pop() if len(held) == 1 else None
