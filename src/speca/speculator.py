@@ -142,6 +142,7 @@ class Speculator:
         corrector.draft(taken, main[part], self._where(work), transition)
         if (paid := corrector.pay(taken, transition)) is not None:
             main.index_add_(0, part, paid.to(main.dtype))
+        rowwise.put(out, main)
 
     def _correct(self, work: Work, trajectories: Sequence[Trajectory], out: Any) -> None:
         """Move samples by what their full step tells of the drafts before it, through the model's output `out`."""
@@ -170,6 +171,7 @@ class Speculator:
                 corrector.owe(moved, moves)
         if (paid := corrector.pay(rows, transition)) is not None:
             main.add_((change + paid).to(main.dtype))
+            rowwise.put(out, main)
         corrector.anchor(rows, told, change)
         flow = all(abs(t.pull) < STRAIGHT for t in work.transitions)
         for trajectory in trajectories:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -128,3 +130,27 @@ def test_split_undoes_join_for_outputs_of_every_structure() -> None:
     assert rowwise.split([10, 11, 12], counts) == [[10], [11, 12]]
     with pytest.raises(UnsupportedModelError, match="does not hold 3 rows"):
         rowwise.split(torch.randn(4, 2), counts)
+
+
+@pytest.mark.parametrize("wrap", [lambda items: items, lambda items: (items,), lambda items: {"sample": items}])
+def test_a_list_with_a_tensor_a_row_is_one_stream_and_a_list_again(wrap: Any) -> None:
+    """As Z-Image gives its output; what is changed of it is put back into the list's own tensors."""
+    items = [torch.randn(4, 1, 3, 3) for _ in range(2)]
+    out, whole = wrap(items), torch.stack(items)
+    assert [s.shape for s in rowwise.streams(out, 2)] == [whole.shape]
+    made = rowwise.like(rowwise.template(out, 2), [torch.cat([whole, whole])])
+    assert type(made) is type(out) and len(rowwise.tensors(made)) == 4
+    found = rowwise.main(out, 2, {"x": items})
+    assert torch.equal(found, whole)
+    rowwise.put(out, found.add_(1.0))
+    assert torch.equal(torch.stack(items), whole + 1)
+    for uneven in ([items[0], items[1][:, :, :2]], [items[0], items[1].double()]):
+        with pytest.raises(UnsupportedModelError):
+            rowwise.main(wrap(uneven), 2, {"x": uneven})
+
+
+def test_of_one_tensor_nothing_is_put_back() -> None:
+    out = torch.zeros(2, 3)
+    rowwise.main(out, 2, {"x": out}).add_(1.0)
+    rowwise.put(out, torch.full((2, 3), 5.0))
+    assert out.tolist() == [[1.0] * 3] * 2

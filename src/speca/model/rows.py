@@ -245,8 +245,23 @@ def tensors(out: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in tensors(value)]
 
 
+class _Listed(list[Tensor]):
+    """In a template, a list with one tensor a row."""
+
+
+def _listed(out: Any, rows: int) -> list[Tensor] | None:
+    """The list with one tensor a row, all alike, that is all a model's output holds, as that of Z-Image; else None."""
+    if isinstance(out, list) and len(out) == rows and all(isinstance(item, Tensor) for item in out):
+        return out if len({(item.shape, item.dtype) for item in out}) == 1 else None
+    values = list(out.values()) if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else []
+    return _listed(values[0], rows) if len(values) == 1 else None
+
+
 def streams(out: Any, rows: int) -> list[Tensor]:
-    """All tensors of a model's output as (B, ...), as views; raises UnsupportedModelError where one holds no B rows."""
+    """All tensors of a model's output as (B, ...), as views but of a list with one a row; raises UnsupportedModelError
+    where one holds no B rows."""
+    if (items := _listed(out, rows)) is not None:
+        return [torch.stack(items)]
     found = tensors(out)
     if not found or isinstance(out, list) or any(t.dim() == 0 or t.shape[0] % rows for t in found):
         raise UnsupportedModelError(f"the model's output does not hold {rows} rows in each tensor.")
@@ -255,6 +270,8 @@ def streams(out: Any, rows: int) -> list[Tensor]:
 
 def template(out: Any, rows: int) -> Any:
     """The output of one row, without content: what `like` is to be given."""
+    if (items := _listed(out, rows)) is not None:
+        return _replaced(out, items, _Listed([items[0].new_empty(items[0].shape)]))
     return _like(out, (t.new_empty((t.shape[0] // rows, *t.shape[1:])) for t in tensors(out)))
 
 
@@ -263,7 +280,18 @@ def like(out: Any, given: Sequence[Tensor]) -> Any:
     return _like(out, iter(given))
 
 
+def _replaced(out: Any, items: list[Tensor], new: list[Tensor]) -> Any:
+    """`out` with a list in it replaced."""
+    if out is items:
+        return new
+    if isinstance(out, dict):
+        return type(out)(**{k: _replaced(v, items, new) for k, v in out.items()})
+    return type(out)(_replaced(v, items, new) for v in out)
+
+
 def _like(out: Any, given: Iterator[Tensor]) -> Any:
+    if isinstance(out, _Listed):
+        return list(next(given).unbind(0))
     if isinstance(out, Tensor):
         new = next(given)
         return new if new.dim() == out.dim() else new.flatten(0, 1)
@@ -275,12 +303,15 @@ def _like(out: Any, given: Iterator[Tensor]) -> Any:
 
 
 def main(out: Any, rows: int, arguments: dict[str, Any]) -> Tensor:
-    """What a sampler takes of a model's output, rows first, as a view: of a mean and a variance, the mean.
+    """What a sampler takes of a model's output, rows first: of a mean and a variance, the mean. A view, which what is
+    changed in it changes; of a list with one tensor a row a copy, see `put`.
 
     Raises:
-        UnsupportedModelError: the output is not one floating-point tensor whose first dimension holds the rows.
+        UnsupportedModelError: the output is neither one floating-point tensor whose first dimension holds the rows, nor
+            a list of them.
     """
-    found = tensors(out)
+    items = _listed(out, rows)
+    found = tensors(out) if items is None else [torch.stack(items)]
     if len(found) != 1 or not found[0].is_floating_point() or found[0].shape[0] % rows:
         raise UnsupportedModelError("the model's output is not one tensor of all rows")
     whole = found[0].view(rows, -1, *found[0].shape[1:]) if found[0].shape[0] != rows else found[0]
@@ -288,6 +319,12 @@ def main(out: Any, rows: int, arguments: dict[str, Any]) -> Tensor:
     if not isinstance(sample, Tensor) or whole.dim() < 2 or whole.shape[2:] != sample.shape[2:]:
         return whole
     return whole[:, : sample.shape[1]] if whole.shape[1] == 2 * sample.shape[1] else whole
+
+
+def put(out: Any, changed: Tensor) -> None:
+    """Let `out` hold what was `changed` (n, ...) in its `main`."""
+    for item, row in zip(_listed(out, len(changed)) or (), changed, strict=False):
+        item.copy_(row)
 
 
 def take(out: Any, row: int, total: int) -> list[Tensor]:
