@@ -169,6 +169,7 @@ class Speculator:
             if self.config.corrector:
                 change.index_add_(0, part, moves[0] * transition.pull)
                 corrector.owe(moved, moves)
+        self._look_back(work, [t for t in trajectories if not corrector.drafts[t.rows[0]]], rows, told)
         if (paid := corrector.pay(rows, transition)) is not None:
             main.add_((change + paid).to(main.dtype))
             rowwise.put(out, main)
@@ -180,16 +181,34 @@ class Speculator:
     def _plan_ahead(
         self, corrector: Corrector, drafted: Sequence[Trajectory], rows: Sequence[int], sizes: Tensor
     ) -> None:
-        """Let the controller plan the next drafts of samples by the estimated errors (n,) of their rows.
-
-        Where a prior has placed the full steps there is nothing to plan, and nothing need be read.
-        """
-        if not self.controller.plans_ahead or all(t.placement is not None for t in drafted):
+        """Let the controller plan the next drafts of samples by the estimated errors (n,) of their rows."""
+        if not self._plans(drafted):
             return
         by_row = dict(zip(rows, self._read(sizes), strict=True))
         for trajectory in drafted:
             estimate = _worst([by_row[row] for row in trajectory.rows])
             self.controller.observe(trajectory, estimate, len(corrector.drafts[trajectory.rows[0]]))
+
+    def _look_back(self, work: Work, trajectories: Sequence[Trajectory], rows: Sequence[int], out: Tensor) -> None:
+        """Let the controller plan by what drafts at this very step would have been wrong by, now that the output `out`
+        of `rows` is known: of samples that took none since their last full step, and so have no correction."""
+        known = [t for t in trajectories if len(t.anchors) >= self.config.anchors]
+        transition, corrector = work.transitions[work.position.index], work.branch.corrector
+        if transition.still or not known or not self._plans(known):
+            return
+        assert corrector is not None
+        told, by_row = _rows(known), {row: t for t in known for row in t.rows}
+        weights = self._weights([by_row[row] for row in told], work)
+        part = table([rows.index(row) for row in told], out.device)
+        missed = (out[part].float() - corrector.history.forecast(told, weights)[0]) * transition.move[0]
+        sizes = dict(zip(told, self._read(missed.flatten(1).square().mean(1).sqrt() / transition.size), strict=True))
+        for trajectory in known:
+            self.controller.observe(trajectory, _worst([sizes[row] for row in trajectory.rows]), 1)
+
+    def _plans(self, trajectories: Sequence[Trajectory]) -> bool:
+        """Whether errors plan anything: of a budget alone, or where a prior has placed the steps, none is read."""
+        by_errors = self.controller.plans_ahead and self.config.tolerance > 0
+        return by_errors and any(t.placement is None for t in trajectories)
 
     def _full(self, work: Work, trajectories: Sequence[Trajectory]) -> Any:
         """Run the rows of `trajectories` through all blocks and record them."""

@@ -91,7 +91,8 @@ def _run(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int], watch
             return Plan.CHECKED if super().plan(trajectory) is Plan.UNCHECKED else Plan.FULL
 
         def observe(self, trajectory: Trajectory, estimate: float, drafts: int) -> None:
-            estimates[trajectory.sample] = max(estimate, 0.0)
+            if trajectory.streak:
+                estimates[trajectory.sample] = max(estimate, 0.0)
 
     config = SpecaConfig(
         controller="schedule",

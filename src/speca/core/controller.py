@@ -55,7 +55,7 @@ class Trajectory:
     total: int = 1
     fulls: int = 0
     streak: int = 0
-    planned: float = 2.0  # a short first draft: nothing is known of its error yet
+    planned: float = 0.0  # nothing is known of its error yet
     linear: bool = False
     placement: frozenset[int] | None = None
     bend: float = 1.0
@@ -115,7 +115,8 @@ class Controller(ABC):
         """What this sample does at its current step."""
 
     def observe(self, trajectory: Trajectory, estimate: float, drafts: int) -> None:  # noqa: B027, most need not know
-        """Told at a full step that the `drafts` before it were wrong by `estimate`, in units of the straight path."""
+        """Told at a full step that the `drafts` before it were wrong by `estimate`, in units of the straight path; or,
+        where there were none, that one there would have been."""
 
     def judged(self, errors: Sequence[float]) -> list[float]:
         """The errors verdicts are passed on: each sample's own."""
@@ -206,7 +207,9 @@ class PlannedController(Controller):
         if spare <= 0:
             return Plan.UNCHECKED
         even = self._share(t, spare) if c.speedup else 1.0
-        period = max(even, min(t.planned, c.max_draft + 1.0))
+        # A flow's first steps are worth most: no draft before its error is known. Elsewhere a short one may tell.
+        unknown = 2.0 if c.tolerance and t.bend == 1 else 1.0
+        period = max(even, min(t.planned or unknown, c.max_draft + 1.0))
         return Plan.FULL if t.streak + 1 >= round(min(period, self.LEAP * t.period)) else Plan.UNCHECKED
 
     def _share(self, t: Trajectory, spare: int) -> float:
