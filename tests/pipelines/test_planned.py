@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 import speca
 import tiny
 from pipelines.cases import RECIPES
+from speca import zoo
+from speca.core.controller import PlannedController, Trajectory
 from speca.model import sampler
 from speca.recording import record
 from speca.run import ATTRIBUTE
@@ -176,3 +180,56 @@ def test_the_noise_that_a_pipeline_tells_its_sampler_to_add_is_heeded() -> None:
     call = {**case.arguments, **case.conditions([1, 2]), "num_inference_steps": 12, "eta": 0.7}
     del call["output_type"]
     assert record(case.pipe, call, [1, 2], 2).transitions == found[0.7]
+
+
+def observed(case: tiny.Case, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[tuple[int, int, float]]:
+    """What the controller is told of the one sample: step, drafts, estimate."""
+    told: list[tuple[int, int, float]] = []
+    plain = PlannedController.observe
+
+    def observe(self: PlannedController, trajectory: Trajectory, estimate: float, drafts: int) -> None:
+        told.append((trajectory.step, drafts, estimate))
+        plain(self, trajectory, estimate, drafts)
+
+    monkeypatch.setattr(PlannedController, "observe", observe)
+    speca.enable(case.pipe, **settings)
+    case([3], steps=20)
+    return told
+
+
+def test_a_full_step_tells_what_a_draft_there_would_have_been_wrong_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a flow of even steps that is `|V_2 - (2 V_1 - V_0)| / steps`, root mean square; and with none before it."""
+    case, outputs = tiny.flux(), []
+    speca.enable(case.pipe, tolerance=1e-9)
+    keep = case.transformer.register_forward_hook(lambda *given: outputs.append(given[2][0].clone()))
+    (step, drafts, estimate), *later = observed(case, monkeypatch, tolerance=1e-9)
+    keep.remove()
+    assert (step, drafts) == (2, 1) and [s for s, _, _ in later] == list(range(3, 20))
+    missed = (outputs[2] - (2 * outputs[1] - outputs[0])) / 20
+    assert estimate == pytest.approx(missed.square().mean().sqrt().item(), rel=1e-4)
+    assert decisions(case) == ["F" * 20]
+
+
+def test_a_flow_waits_with_its_first_draft_until_its_error_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, path = tiny.flux(), tiny.dit()
+    for case, begins in ((flow, "FFFA"), (path, "FFA")):
+        observed(case, monkeypatch, tolerance=1e3)
+        assert decisions(case)[0].startswith(begins)
+
+
+def test_a_sample_that_could_not_draft_at_first_drafts_later() -> None:
+    """Full steps go on telling whether drafts would do. A blind first draft failed, and none came after it."""
+    pipe = zoo.load("emoji-flux")
+    pipe.set_progress_bar_config(disable=True)
+    speca.enable(pipe, "faithful", calibration=False)
+    call = {**zoo.call_arguments("emoji-flux"), "prompt": "a red apple", "output_type": "latent"}
+    pipe(**call, num_inference_steps=20, generator=torch.Generator().manual_seed(0))
+    (sample,) = speca.report(pipe).samples
+    assert sample.decisions.startswith("FFFF") and sample.decisions.count("A") >= 5
+
+
+def test_a_budget_alone_reads_nothing() -> None:
+    for case in (tiny.flux(), tiny.dit()):
+        speca.enable(case.pipe, speedup=2.5, prior="none")
+        case(SEEDS, steps=20)
+        assert speca.report(case.pipe).host_reads == 0 and {d.count("F") for d in decisions(case)} == {8}
