@@ -152,11 +152,12 @@ class Speculator:
         except UnsupportedModelError as problem:
             branch.uncorrected = str(problem)
             return
+        transition = work.transitions[work.position.index]
         if branch.corrector is None:
             trust = None if work.prior is None else math.inf  # its weights weigh their own error already
-            branch.corrector = Corrector(self._depth(work), branch.rows, trust)
+            branch.corrector = Corrector(self._depth(work), branch.rows, trust, len(transition.keep))
         corrector, here = branch.corrector, self._where(work)
-        told, transition = main.clone(), work.transitions[work.position.index]
+        told = main.clone()
         change = torch.zeros_like(told, dtype=torch.float32)
         drafted = [t for t in trajectories if corrector.drafts[t.rows[0]]]
         if drafted and not transition.still:

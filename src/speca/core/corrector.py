@@ -136,9 +136,12 @@ class Corrector:
     Outputs come rows first, `(n, ...)`. Sums are kept in fp32, buffers are freed with the object.
     """
 
-    def __init__(self, depth: int, rows: int, trust: float | None = None) -> None:
-        """Keep the outputs of `depth` full steps of each of `rows` rows; with an infinite `trust` moves are whole."""
-        self.trust = TRUST if trust is None else trust
+    def __init__(self, depth: int, rows: int, trust: float | None = None, memory: int | None = None) -> None:
+        """Keep the outputs of `depth` full steps of each of `rows` rows; with an infinite `trust` moves are whole.
+
+        `memory` is the p of the sampler, so that what drafts are worth has its place, and its bytes, from the start.
+        """
+        self.trust, self.memory = TRUST if trust is None else trust, memory
         self.history = History(depth, rows)  # streams: outputs where the sample was moved to, and how much they changed
         self.drafts: list[list[Draft]] = [[] for _ in range(rows)]  # since each row's last full step
         self._drift: Tensor | None = None  # (p, B, ...) what those drafts are worth to the samples from here on
@@ -147,8 +150,7 @@ class Corrector:
     def draft(self, rows: Sequence[int], out: Tensor, position: float, transition: Transition) -> None:
         """Rows took the draft `out` (n, ...) of the step at `position`."""
         if self._drift is None:
-            shape = (len(transition.keep), len(self.drafts), *out.shape[1:])
-            self._drift = out.new_zeros(shape, dtype=torch.float32)
+            self._drift = self._nothing(len(transition.keep), out)
         index = table(list(rows), out.device)
         drift = advance(list(self._drift.index_select(1, index)), transition, out.float())
         self._drift.index_copy_(1, index, torch.stack(drift))
@@ -215,10 +217,15 @@ class Corrector:
     def anchor(self, rows: Sequence[int], out: Tensor, change: Tensor) -> None:
         """Rows were computed in full: keep `out` (n, ...), changed by `change`, and begin a new draft."""
         self.history.push(rows, [out.float() + change, change])
-        if self._drift is not None:
+        if self._drift is None and self.memory is not None:
+            self._drift = self._nothing(self.memory, out)
+        elif self._drift is not None:
             self._drift.index_fill_(1, table(list(rows), out.device), 0.0)
         for row in rows:
             self.drafts[row] = []
+
+    def _nothing(self, memory: int, out: Tensor) -> Tensor:
+        return out.new_zeros((memory, len(self.drafts), *out.shape[1:]), dtype=torch.float32)
 
     def bytes(self) -> int:
         """Bytes held, all rows together."""
