@@ -5,7 +5,8 @@
 
 At equal numbers of full steps stand fewer steps of the model's own sampler and of UniPC, and budgets of `speca`: with
 polynomials, placed by the generic prior, and by the measured one. The default for a model that nobody has measured is
-the generic prior up to FEW full steps, and polynomials beyond.
+the generic prior up to FEW full steps, and polynomials beyond. Then what the presets give a model that nobody has
+measured, which plan each sample's drafts by its own errors.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ METHODS: dict[str, tuple[Apply, bool]] = {
 """How a method is put on a pipeline, and whether its knob is a speed-up instead of a number of steps."""
 
 
+PRESETS = ("faithful", "balanced", "fast")
+
+
 def main(
     model: Annotated[str, typer.Argument(help="A bundled model.")] = "emoji-flux",
     samples: Annotated[int, typer.Option(help="Samples.", min=4)] = 32,
@@ -49,6 +53,7 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     seeds = list(range(seeds_from, seeds_from + samples))
     table = Table("steps", "full", *METHODS, title=f"{model}, seeds from {seeds_from}", title_style="")
+    unmeasured = Table("steps", "preset, nothing measured", "full steps", "FLOPs", "PSNR", title_style="")
     for total in steps:
         call: Call = {**call_arguments(model), **example_call(pipe, seeds), "num_inference_steps": total}
 
@@ -60,10 +65,20 @@ def main(
         for count in track(COUNTS, description=f"{model}, {total} steps"):
             cells = []
             for apply, is_speed in METHODS.values():
-                values = psnr(made(apply, total / count if is_speed else count).images, full).tolist()
-                cells.append(f"{float(np.median(values)):.1f} / {quantile(values, 0.05):.1f}")
+                cells.append(_decibels(made(apply, total / count if is_speed else count), full))
             table.add_row(str(total), str(count), *cells)
-    Console(width=140).print(table)
+        for preset in PRESETS:
+            run = made(speca_with("preset", measured=False), preset)
+            assert run.report is not None
+            steps_in_full = float(np.mean([s.full + s.rejected for s in run.report.samples]))
+            spent = f"{steps_in_full:.1f}", f"{run.report.flops_speedup:.2f}x"
+            unmeasured.add_row(str(total), preset, *spent, _decibels(run, full))
+    Console(width=140).print(table, unmeasured)
+
+
+def _decibels(run: Run, full: torch.Tensor) -> str:
+    values = psnr(run.images, full).tolist()
+    return f"{float(np.median(values)):.1f} / {quantile(values, 0.05):.1f}"
 
 
 if __name__ == "__main__":

@@ -169,7 +169,8 @@ class PlannedController(Controller):
 
     Drafts of order p over a period of n steps leave an error of order `n^(p+2)`, and each correction estimates it
     (Milne, see `core/corrector.py`). So the period that meets a tolerance is `n * (tolerance / estimate)^(1 / (p+2))`:
-    the step-size control of ODE solvers, with their safety factor and limits of change. Of a budget of
+    the step-size control of ODE solvers, with their safety factor and limits of change. A full step after a full step
+    tells the same of the draft that was not taken. Of a budget of
     `steps / speedup` full steps, no period is shorter than its share of what is left; on a flow shares grow on the way,
     as its early steps are worth more (measured, docs/LOG.md).
 
