@@ -15,7 +15,7 @@ import speca
 
 diffusers.utils.logging.set_verbosity_error()
 STEPS = 14
-VERIFYING = speca.SpecaConfig(threshold_decay=1.0)
+VERIFYING = speca.VerifiedConfig(threshold_decay=1.0)
 """Drafts that are verified one by one, as in the paper: what tests of the mechanism are about."""
 
 

@@ -1,4 +1,4 @@
-"""speca: speculative decoding for diffusion transformers (SpeCa, arXiv:2509.11628).
+"""speca: fewer evaluations of diffusion models, by forecasts between planned full steps (SpeCa, arXiv:2509.11628).
 
 import speca
 speca.enable(pipe)
@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import zoo
 from .calibration import Calibration
-from .check import CheckReport, check
-from .config import PRESETS, SpecaConfig
+from .config import PRESETS, SpecaConfig, VerifiedConfig
+from .denoiser.denoiser import Denoiser
+from .denoiser.report import Report, SampleReport
+from .diffusers.check import CheckReport, check
+from .diffusers.enable import disable, enable, enabled, report
 from .errors import (
     CancelledError,
     ConfigError,
@@ -21,11 +24,9 @@ from .errors import (
     SpecaError,
     UnsupportedModelError,
 )
-from .pipeline import disable, enable, enabled, report
-from .report import Report, SampleReport
 
 if TYPE_CHECKING:
-    from .calibrating import calibrate
+    from .calibration.calibrate import calibrate
     from .engine import Engine
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "CancelledError",
     "CheckReport",
     "ConfigError",
+    "Denoiser",
     "Engine",
     "InputError",
     "NotEnabledError",
@@ -45,6 +47,7 @@ __all__ = [
     "SpecaConfig",
     "SpecaError",
     "UnsupportedModelError",
+    "VerifiedConfig",
     "calibrate",
     "check",
     "disable",
@@ -56,9 +59,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What brings much with it is loaded when it is asked for: `calibrate`, which makes pictures, and `Engine`."""
+    """Load `calibrate` and `Engine`, which import much, when they are first asked for."""
     if name == "calibrate":
-        from .calibrating import calibrate
+        from .calibration.calibrate import calibrate
 
         return calibrate
     if name == "Engine":

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..config import PRESETS, SpecaConfig
+from ..config import PRESETS, VerifiedConfig
 from ..errors import InputError, nearest
 from . import rivals
 from .methods import (
@@ -36,12 +36,14 @@ TOLERANCES = (0.0005, 0.002, 0.005, 0.01, 0.02, 0.04, 0.1, 0.4)
 TAUS = (0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
 SPEEDUPS = (2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 RATIOS = (0.1, 0.3, 1.0, 3.0, 1e6)  # of the released code's element-wise error
-RELEASED = replace(PRESETS["paper"], controller="released", error="elementwise_l1", min_draft=2)
+RELEASED = VerifiedConfig(
+    **{**PRESETS["paper"].to_dict(), "rule": "released", "error": "elementwise_l1", "min_draft": 2}
+)
 """The authors' released rule with their shortest draft for DiT's demo and FLUX; both granularities use it."""
 
 
 def _interval(**fixed: Any) -> Apply:
-    return speca_with("max_draft", controller="interval", final=0, **fixed)
+    return speca_with("max_draft", rule="interval", final=0, **fixed)
 
 
 @contextmanager
@@ -58,8 +60,8 @@ def _annealed(corrected: bool) -> Any:
     return prepare
 
 
-def _every(drafts: int) -> SpecaConfig:
-    return SpecaConfig(controller="interval", max_draft=drafts, warmup=3, final=0, order=1)
+def _every(drafts: int) -> VerifiedConfig:
+    return VerifiedConfig(rule="interval", max_draft=drafts, warmup=3, final=0, order=1)
 
 
 def _ours() -> list[Method]:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..compare import psnr
-from ..measure import Run, joined, run_once, split, ticking
-from ..pipeline import transformers_of
+from ..compare.compare import psnr
+from ..compare.measure import Run, joined, run_once, split, ticking
+from ..diffusers.components import denoisers_of
 from .methods import Apply, Setup
 
 WARM_STEPS = 8
@@ -109,7 +109,7 @@ def timed(
 def inside(pipe: Any, start: Callable[..., None], stop: Callable[..., None]) -> Iterator[None]:
     """Call `start` before and `stop` after each call of a transformer of the pipeline."""
     hooks = []
-    for model in transformers_of(pipe):
+    for model in denoisers_of(pipe):
         hooks += [model.register_forward_pre_hook(start, prepend=True), model.register_forward_hook(stop)]
     try:
         yield

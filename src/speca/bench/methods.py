@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..config import SpecaConfig
+from ..config import Config, SpecaConfig, VerifiedConfig
+from ..diffusers.enable import Session, enabled
 from ..errors import InputError
-from ..pipeline import Session, enabled
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -158,11 +158,11 @@ def _is_flow(scheduler: Any) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ speca's engine
-VERIFYING = SpecaConfig(threshold_decay=1.0, min_draft=1, max_draft=8)
+VERIFYING = VerifiedConfig(threshold_decay=1.0, min_draft=1, max_draft=8)
 """The paper's rule with order-1 drafts, which beat its own settings on the bundled models (docs/LOG.md)."""
 
 
-def speca_with(knob: str, base: str | SpecaConfig = VERIFYING, measured: bool = True, **fixed: Any) -> Apply:
+def speca_with(knob: str, base: str | Config = VERIFYING, measured: bool = True, **fixed: Any) -> Apply:
     """`speca` with the field `knob` set to the value; knob "preset" takes the name of one.
 
     Unless `measured`, without the calibration that a model may bring along.
@@ -178,12 +178,14 @@ def speca_with(knob: str, base: str | SpecaConfig = VERIFYING, measured: bool = 
 
 
 def scheduled(corrector: bool) -> Apply:
-    """Full at the steps of a schedule, order-1 forecasts between, with or without the corrector."""
+    """Full at the steps of a schedule, order-1 forecasts between: of outputs with the corrector, of features without."""
 
     @contextmanager
     def apply(pipe: Any, call: Call, schedule: list[int]) -> Iterator[Setup]:
-        settings = dict(controller="schedule", schedule=tuple(schedule), warmup=2, final=0, corrector=corrector)
-        with enabled(pipe, VERIFYING, prior="none", **settings) as session:
+        steps = tuple(schedule)
+        features = VerifiedConfig(rule="schedule", schedule=steps, warmup=2, final=0)
+        chosen = SpecaConfig(schedule=steps, tolerance=0.0, prior="none") if corrector else features
+        with enabled(pipe, chosen, calibration=False) as session:
             yield Setup(pipe, call, session)
 
     return apply

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import SpecaConfig
-from ..core.controller import ACCEPTED, FULL, Controller, Plan, Trajectory, controller
-from ..core.verify import elementwise_l1
+from ..config import VerifiedConfig
+from ..core.controller import ACCEPTED, FULL, Plan, Record
 from ..errors import InputError
+from ..verified.errors import elementwise_l1
+from ..verified.rules import Rule, rule
 from .methods import Apply, Call, Setup
 
 FORECAST, SILENT = "forecast", "silent"
@@ -64,12 +65,12 @@ class Tower:
 class ModuleCache:
     """All wrapped modules of one transformer, and what they do at the step that is under way."""
 
-    def __init__(self, model: nn.Module, order: int, judge: Controller) -> None:
+    def __init__(self, model: nn.Module, order: int, judge: Rule) -> None:
         self.judge, self.order = judge, order
         self.towers: dict[str, list[Tower]] = {}
         self.shapes: dict[str, list[torch.Size]] = {}
         self.step, self.total, self.drafting = 0, 1, False
-        self.record = Trajectory(0, ())
+        self.record = Record(0, ())
         self.held = 0
         layout = LAYOUTS.get(type(model).__name__)
         if layout is None:
@@ -88,7 +89,7 @@ class ModuleCache:
     def begin(self, total: int) -> None:
         """A new run of `total` steps."""
         self.towers, self.shapes, self.step, self.total = {}, {}, 0, total
-        self.record = Trajectory(0, (), total=total)
+        self.record = Record(0, (), total=total)
 
     def forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The transformer's forward, one step for each call."""
@@ -157,14 +158,14 @@ class ModuleCache:
     plan: Plan = Plan.FULL
 
 
-def per_module(settings: Callable[[Any], SpecaConfig], order: int | None = None) -> Apply:
-    """Caches of single modules under the controller of `settings(value)`; `order` None is the authors'."""
+def per_module(settings: Callable[[Any], VerifiedConfig], order: int | None = None) -> Apply:
+    """Caches of single modules under the rule of `settings(value)`; `order` None is the authors'."""
 
     @contextmanager
     def apply(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:
         model = pipe.transformer
         given = ORDERS.get(type(model).__name__, 1) if order is None else order
-        cache = ModuleCache(model, given, controller(settings(value)))
+        cache = ModuleCache(model, given, rule(settings(value)))
         wrapped: list[tuple[nn.Module, Callable[..., Any]]] = [
             (part, cache.wrap(name, kind, part.forward)) for name, part, kind in cache.parts
         ]

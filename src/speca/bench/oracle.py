@@ -6,25 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..config import SpecaConfig
-from ..core.controller import CONTROLLERS, Controller, Plan, ScheduleController, Trajectory
-from ..pipeline import enabled
+from ..config import SpecaConfig, VerifiedConfig
+from ..core.controller import Plan, Planner, Record
+from ..diffusers.enable import accelerators_of, enabled
+from ..verified.rules import ScheduleRule
 from .measure import IDENTICAL
 from .methods import Call, Prepare, Setup
 from .recording import Ground, anneal, true_errors
 
 OWN_TRIES = 600  # of a search on a single sample
-
-
-@contextmanager
-def instead(name: str, cls: type[Controller]) -> Iterator[None]:
-    """Inside, the controller called `name` is `cls`."""
-    own = CONTROLLERS[name]
-    CONTROLLERS[name] = cls
-    try:
-        yield
-    finally:
-        CONTROLLERS[name] = own
 
 
 @contextmanager
@@ -34,17 +24,27 @@ def own_schedules(
     """Each sample in full at its own steps: entry k of `schedules` is for sample k of all that are made."""
     first = 0
 
-    class Own(ScheduleController):
-        def plan(self, trajectory: Trajectory) -> Plan:
-            due = trajectory.step in schedules[first + trajectory.sample]
-            return Plan.FULL if due or trajectory.fulls < self.config.anchors else Plan.UNCHECKED
+    def due(record: Record, anchors: int) -> Plan:
+        own = record.step in schedules[first + record.sample]
+        return Plan.FULL if own or len(record.anchors) < anchors else Plan.DRAFT
+
+    class OwnPlanner(Planner):
+        def plan(self, record: Record) -> Plan:
+            return due(record, self.config.anchors)
+
+    class OwnRule(ScheduleRule):
+        def plan(self, record: Record) -> Plan:
+            return due(record, self.config.anchors)
 
     def begin(offset: int) -> None:
         nonlocal first
         first = offset
 
-    config = SpecaConfig(controller="schedule", schedule=(0,), warmup=2, final=0, corrector=corrector, prior="none")
-    with instead("schedule", Own), enabled(pipe, config) as session:
+    planned = SpecaConfig(schedule=(0,), tolerance=0.0, prior="none")
+    features = VerifiedConfig(rule="schedule", schedule=(0,), warmup=2, final=0)
+    with enabled(pipe, planned if corrector else features, calibration=False) as session:
+        for accelerator in accelerators_of(pipe):
+            accelerator.planner, accelerator.drafts.rule = OwnPlanner(planned), OwnRule(features)
         yield Setup(pipe, call, session, begin)
 
 

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.corrector import Transition, advance
+from ..compare.measure import run_once, split
+from ..core.transition import Transition, advance
 from ..errors import InputError
-from ..measure import run_once, split
-from ..model.sampler import transitions
+from ..sampler.scheduler import scheduler_response
 from .methods import Call
 
 
@@ -91,7 +91,8 @@ def record(pipe: Any, call: Call, seeds: Sequence[int], batch: int) -> Recording
     products, effect = [], np.zeros(0)
     for part, some in split(call, seeds, batch):
         outputs = _outputs(pipe, part, some)
-        found, reason = transitions(pipe.scheduler)
+        response = scheduler_response(pipe.scheduler)
+        found, reason = response.transitions, response.reason
         if not found or len(found) != len(outputs):
             why = reason or f"{len(outputs)} outputs for {len(found)} steps"
             raise InputError(f"no schedule can be found on a recording: {why}.")
@@ -124,7 +125,7 @@ def effect_of(steps: Sequence[Transition]) -> np.ndarray:
     """What one unit of each step's output is worth in the final sample, later outputs following the sample."""
     change = [np.zeros(len(steps))] * len(steps[0].keep)
     for step, unit in zip(steps, np.eye(len(steps)), strict=True):
-        change = advance(change, step, unit + step.pull * change[0])
+        change = advance(change, step, unit + step.jacobian * change[0])
     return change[0]
 
 

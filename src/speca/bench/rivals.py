@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compare.measure import run_once
 from ..errors import InputError
-from ..measure import run_once
 from .methods import Apply, Call, Setup
 
 Build = Callable[[Any, Call, Any], Any]

@@ -17,21 +17,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import SpecaConfig
-from ..core.controller import ACCEPTED, Plan, ScheduleController, Trajectory
+from ..compare.measure import run_once
+from ..config import SpecaConfig, VerifiedConfig
+from ..core.controller import ACCEPTED, Plan, Planner, Record
+from ..diffusers.enable import accelerators_of, enabled
 from ..errors import InputError
-from ..measure import run_once
-from ..model.gate import block_lists
-from ..model.sampler import transitions
-from ..pipeline import enabled
+from ..sampler.scheduler import scheduler_response
+from ..verified.gate import block_lists
+from ..verified.rules import ScheduleRule
 from .methods import Call
-from .oracle import instead
 from .recording import effect_of
 
 PERIOD, DRAFTS, PLACES = 4, 4, 12
@@ -65,7 +65,8 @@ def signal_rows(pipe: Any, call: Call, seeds: Sequence[int]) -> list[dict[str, A
         prefix = sorted({0, 1} | {k for k in range(2, place) if (place - 1 - k) % PERIOD == 0})
         taken, images = _run(pipe, call, seeds, [*prefix, *range(place + DRAFTS, steps)])
         _, others = _run(pipe, call, seeds, [*prefix, *range(place, steps)], watch=False)
-        found, reason = transitions(pipe.scheduler)
+        response = scheduler_response(pipe.scheduler)
+        found, reason = response.transitions, response.reason
         if len(taken.given) != steps or len(found) != steps:
             raise InputError(f"signals need one call of the transformer a step and a linear sampler; {reason}")
         effect = torch.tensor(effect_of(found)).abs()
@@ -79,33 +80,18 @@ def signal_rows(pipe: Any, call: Call, seeds: Sequence[int]) -> list[dict[str, A
 
 
 def _run(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int], watch: bool = True) -> tuple[Taken, Tensor]:
-    """One run with full steps at `full`, checked drafts elsewhere, and what was seen; images (N, ...)."""
+    """One run with full steps at `full`, checked drafts elsewhere, and what was seen; images (N, ...).
+
+    Where it is watched, a second run with the same full steps forecasts outputs and tells the sizes of corrections.
+    """
     taken, model = Taken(), pipe.transformer
     plain = copy.deepcopy(model)
-    estimates: dict[int, float] = {}
-
-    class Watched(ScheduleController):
-        plans_ahead = True
-
-        def plan(self, trajectory: Trajectory) -> Plan:
-            return Plan.CHECKED if super().plan(trajectory) is Plan.UNCHECKED else Plan.FULL
-
-        def observe(self, trajectory: Trajectory, estimate: float, drafts: int) -> None:
-            if trajectory.streak:
-                estimates[trajectory.sample] = max(estimate, 0.0)
-
-    config = SpecaConfig(
-        controller="schedule",
-        schedule=tuple(full),
-        warmup=2,
-        final=0,
-        corrector=True,
-        threshold=1e9,
-        threshold_decay=1.0,
-        prior="none",
-    )
-    with instead("schedule", Watched), enabled(pipe, config) as session:
-        hooks = _watched(model, plain, taken, estimates) if watch else _unwatched()
+    config = VerifiedConfig(
+        rule="schedule", schedule=tuple(full), warmup=2, final=0, threshold=1e9, threshold_decay=1.0
+    )  # fmt: skip
+    with enabled(pipe, config) as session:
+        accelerators_of(pipe)[0].drafts.rule = _Checking(config)
+        hooks = _watched(model, plain, taken) if watch else nullcontext()
         with hooks:
             made = run_once(pipe, call, list(seeds), session)
     assert made.report is not None
@@ -114,16 +100,43 @@ def _run(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int], watch
             if step >= len(taken.errors):
                 taken.errors.append({})
             taken.errors[step][sample.index] = error if letter == ACCEPTED else None
+    if watch:
+        taken.estimates = _corrections(pipe, call, seeds, full)
     return taken, made.images
 
 
-@contextmanager
-def _unwatched() -> Iterator[None]:
-    yield
+class _Checking(ScheduleRule):
+    """Every draft is checked."""
+
+    def plan(self, record: Record) -> Plan:
+        return Plan.CHECKED if super().plan(record) is Plan.DRAFT else Plan.FULL
+
+
+def _corrections(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int]) -> list[dict[int, float]]:
+    """For each step and sample, the size of its last correction in a run with full steps at `full`."""
+    found: dict[int, dict[int, float]] = {}
+
+    class Observing(Planner):
+        measures = True  # type: ignore[assignment]
+
+        def observe(self, record: Record, error: float, drafts: int) -> None:
+            if record.streak:
+                found.setdefault(record.step, {})[record.sample] = max(error, 0.0)
+
+    config = SpecaConfig(schedule=tuple(full), tolerance=0.0, prior="none")
+    with enabled(pipe, config, calibration=False) as session:
+        accelerators_of(pipe)[0].planner = Observing(config)
+        run_once(pipe, call, list(seeds), session)
+    newest: dict[int, float] = {}
+    estimates = []
+    for step in range(call["num_inference_steps"]):
+        newest.update(found.get(step, {}))
+        estimates.append(dict(newest))
+    return estimates
 
 
 @contextmanager
-def _watched(model: Any, plain: Any, taken: Taken, estimates: dict[int, float]) -> Iterator[None]:
+def _watched(model: Any, plain: Any, taken: Taken) -> Iterator[None]:
     """At every call of `model`, let `plain` compute the same and keep what both gave."""
     blocks = [block for stack in block_lists(plain).values() for block in stack]
     seen: dict[str, Tensor] = {}
@@ -144,7 +157,6 @@ def _watched(model: Any, plain: Any, taken: Taken, estimates: dict[int, float]) 
         taken.true.append(_tensor(true).detach().float().clone())
         taken.first.append(seen["first"].detach().float().clone())
         taken.last.append(seen["last"].detach().float().clone())
-        taken.estimates.append(dict(estimates))
 
     handles = [
         blocks[0].register_forward_hook(first, with_kwargs=True),

@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..compare.measure import Run, hardware, run_once, ticking
+from ..diffusers.components import denoisers_of
 from ..errors import InputError, nearest
-from ..measure import Run, hardware, run_once, ticking
-from ..pipeline import transformers_of
 from .field import chosen
 from .measure import Cost, full_steps, quality, timed, weighed
 from .methods import Method
@@ -277,8 +277,8 @@ def _plain(plan: Suite) -> dict[str, Any]:
 
 def shape(pipe: Any) -> dict[str, Any]:
     """What was measured, in a few words: classes of pipeline, transformer and scheduler, blocks and parameters."""
-    model = transformers_of(pipe)[0]
-    from ..model.gate import block_lists
+    model = denoisers_of(pipe)[0]
+    from ..verified.gate import block_lists
 
     return {
         "pipeline": type(pipe).__name__,

@@ -1,1 +1,1 @@
-"""The algorithm as small pure parts: forecast, verify, decide, remember. Torch only, no diffusers."""
+"""The mathematics on numbers and tensors: forecasts, corrections, priors, placements and decisions. No models."""

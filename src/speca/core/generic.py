@@ -9,7 +9,7 @@ process, stationary in log q/p, slow for the most part and with a small fast par
     x_0 moves by  q / (p + q) g,   n by  -p / (p + q) g,   E g g' = sum_k a_k exp(-(log q/p - log q'/p')^2 / (2 l_k^2)).
 
 What an output is made of, `A n + B x_0`, is read off the sampler, which it has to lead from `p x_0 + q n` to
-`p' x_0 + q' n` (`Transition.made`). So nothing has to be told about a model, whether it predicts noise or velocity.
+`p' x_0 + q' n` (`Transition.parts`). So nothing has to be told about a model, whether it predicts noise or velocity.
 The six numbers were fitted once to two models measured, a flow and a DDIM. With few full steps it gains several
 decibels on polynomials; with more it has lost on a third model, and is an option (docs/LOG.md).
 """
@@ -21,8 +21,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from .corrector import Transition
 from .prior import Array, Prior
+from .transition import Transition
 
 VARIANCES = np.geomspace(0.015, 2.0, 12)
 """Of the data's components, of equal weight; latents have a variance of about 1 in all."""
@@ -54,7 +54,7 @@ def moments(
 ) -> Array:
     """The second moments (T, T) of outputs under the assumptions above."""
     p, q = _path(transitions)
-    of_noise, of_data = np.array([t.made for t in transitions]).T
+    of_noise, of_data = np.array([t.parts for t in transitions]).T
     s = np.sqrt(p[:, None] ** 2 * variances + q[:, None] ** 2)
     gaussian = (of_noise[:, None] * q[:, None] + of_data[:, None] * p[:, None] * variances) / s
     where = np.log(q / np.maximum(p, LEAST_SIGNAL))

@@ -1,4 +1,4 @@
-"""Per-row store of kept full steps: push, forecast, gather, bytes. Shapes: K anchors, B rows, n selected rows."""
+"""Per-row store of what was kept of full steps. Shapes: K kept steps, B rows, n selected rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def table(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers of the host, such as indices and weights, as a tensor on `device`, without waiting for the device.
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return numbers of the host, such as indices and weights, as a tensor on `device`, without waiting for it.
 
     A plain copy makes the host wait until a CUDA device has done all it was given before; one from pinned memory does
     not. Other devices are left alone: Apple's would read memory that is gone by then (pytorch/pytorch#189690).
@@ -20,7 +20,7 @@ def table(values: Any, device: torch.device, dtype: torch.dtype | None = None) -
 
 
 class History:
-    """The newest `depth` anchors of each row, for a fixed number of feature streams.
+    """The newest `depth` kept steps of each row, for a fixed number of streams (tensors kept at each step).
 
     Every row has its own ring, so rows may have been full at different steps. Features come rows first, `(n, ...)`;
     buffers are allocated at the first push and freed with the object. Weighted sums are accumulated in fp32.
@@ -48,8 +48,8 @@ class History:
                 if len(at) == self.rows:
                     buffer[slot].copy_(feature)
                 else:
-                    index = table([rows[i] for i in at], feature.device)
-                    part = feature if len(at) == len(rows) else feature[table(at, feature.device)]
+                    index = on_device([rows[i] for i in at], feature.device)
+                    part = feature if len(at) == len(rows) else feature[on_device(at, feature.device)]
                     buffer[slot].index_copy_(0, index, part.to(buffer[slot].dtype))
         for row in rows:
             self.pushes[row] += 1
@@ -71,8 +71,8 @@ class History:
         by_slot = torch.zeros(len(rows), self.depth, dtype=weights.dtype).scatter_(1, slots, weights)
         used = [k for k in range(self.depth) if bool(by_slot[:, k].any())] or [0]
         device = self._buffers[0][0].device
-        scale = table(by_slot, device, torch.float32)
-        index = None if list(rows) == list(range(self.rows)) else table(rows, device)
+        scale = on_device(by_slot, device, torch.float32)
+        index = None if list(rows) == list(range(self.rows)) else on_device(rows, device)
         out = []
         for buffer, dtype in zip(self._buffers, self._given, strict=True):
             total: Tensor | None = None
@@ -87,7 +87,7 @@ class History:
         """A copy that holds only `rows`, in that order."""
         part = History(self.depth, len(rows), self.dtype)
         part.pushes, part._given = [self.pushes[row] for row in rows], list(self._given)
-        part._buffers = [[slot[table(rows, slot.device)] for slot in buffer] for buffer in self._buffers]
+        part._buffers = [[slot[on_device(rows, slot.device)] for slot in buffer] for buffer in self._buffers]
         return part
 
     def scatter(self, rows: Sequence[int], part: History) -> None:
@@ -101,7 +101,7 @@ class History:
             self._buffers = [[s.new_zeros((self.rows, *s.shape[1:])) for s in buffer] for buffer in part._buffers]
         for mine, theirs in zip(self._buffers, part._buffers, strict=True):
             for slot, source in zip(mine, theirs, strict=True):
-                slot[table(rows, slot.device)] = source
+                slot[on_device(rows, slot.device)] = source
 
     def bytes(self) -> int:
         """Bytes held, all rows and streams together."""

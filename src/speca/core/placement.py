@@ -14,8 +14,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from .corrector import Transition, advance
 from .prior import DEPTH, Array, Prior
+from .transition import Transition, advance
 
 LEAST = 4
 """Fewer full steps than this are not planned for."""
@@ -26,7 +26,7 @@ SWEEPS = 12
 
 
 Change = list[Array]
-"""Of the sample at a step and of those after it (`core/corrector.py`), each as coefficients (T,) of the outputs."""
+"""Of the sample at a step and of those after it (`core/correction.py`), each as coefficients (T,) of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def shortlist(prior: Prior, transitions: tuple[Transition, ...], count: int) -> 
     outputs answer to a sample that is off, so a run may tell the first ones of the list apart (`speca.calibrate`).
     """
     total, found = len(transitions), dict[tuple[int, ...], Placement]()
-    for kept in (1, 2):
+    for kept in (1, 2)[:count]:
         for bend in BENDS:
             start = {*range(kept - 1), *(step + kept - 1 for step in _start(total - kept + 1, count - kept + 1, bend))}
             placement = _improved(prior, transitions, start, kept)
@@ -137,12 +137,12 @@ def expected(prior: Prior, transitions: Sequence[Transition], full: set[int], tr
     anchors: list[tuple[int, Array]] = []
     for step, t in enumerate(transitions):
         if step in full or not anchors:
-            used = t.pull * off[0]
+            used = t.jacobian * off[0]
             used[step] += 1
             if drafts:
                 met += float(off[0] @ moments @ off[0]) / t.size**2
                 moves = _moves(prior, transitions, anchors, drafts, step, used, drift)
-                off, used = [o + m for o, m in zip(off, moves, strict=True)], used + t.pull * moves[0]
+                off, used = [o + m for o, m in zip(off, moves, strict=True)], used + t.jacobian * moves[0]
             anchors = [(step, used), *anchors][:DEPTH]
             drafts, drift = [], none
         else:
@@ -160,13 +160,13 @@ def _moves(
     prior: Prior, transitions: Sequence[Transition], anchors: Sequence[tuple[int, Array]], drafts: Sequence[int],
     step: int, told: Array, drift: Change,
 ) -> Change:  # fmt: skip
-    """The corrector's moves (`core/corrector.py`), on coefficients."""
+    """The corrector's moves (`core/correction.py`), on coefficients."""
     nodes = [step, *(a for a, _ in anchors)]
     omega: Change = [np.zeros(len(nodes))] * len(drift)
     for draft, share in zip(drafts, prior.weights(nodes, drafts), strict=True):
         omega = advance(omega, transitions[draft], share)
     known: Array = np.stack([told, *(c for _, c in anchors)])
     moves = [o @ known - d for o, d in zip(omega, drift, strict=True)]
-    pull = transitions[step].pull
-    answer = moves[0] * pull / (1 - float(omega[0][0]) * pull)
+    jacobian = transitions[step].jacobian
+    answer = moves[0] * jacobian / (1 - float(omega[0][0]) * jacobian)
     return [m + answer * float(o[0]) for m, o in zip(moves, omega, strict=True)]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import rows as rowwise
-from ..model.probe import close
+from ..denoiser import rows as rowwise
+from ..denoiser.partial import close
 from .activations import Peak
 from .packing import Tokens
 from .rendezvous import Chance

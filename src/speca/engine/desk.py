@@ -1,4 +1,4 @@
-"""How the steps of one request are run in an engine: by asking for them, and waiting for the answer."""
+"""The executor of one request in an engine: it asks for each evaluation and waits for the answer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..executor import Executor, Pass, Ran
-from ..model import rows as rowwise
-from ..model.gate import Gate
-from ..model.overrides import PACKED
-from ..model.probe import Discovery, Forward, scaled
+from ..denoiser.executor import Evaluation, Executor
 from .activations import Peak
 from .components import Call
 from .scheduler import Scheduler
@@ -33,7 +29,7 @@ class Read:
     numbers: Tensor
 
 
-Question = Pass | Plain | Read | Call
+Question = Evaluation | Plain | Read | Call
 
 
 class Asking(Protocol):
@@ -45,15 +41,14 @@ class Asking(Protocol):
 class Desk(Executor):
     """An executor that hands everything on. Its clock leaves out the time spent on others."""
 
-    packs = True
+    joins = True
 
     def __init__(self, hub: Asking, scheduler: Scheduler) -> None:
         self._hub, self._scheduler, self._away = hub, scheduler, 0.0
 
-    def run(self, asked: Pass) -> Ran:
-        """One forward, together with those of other requests if there are any that fit."""
-        ran: Ran = self._ask(asked)
-        return ran
+    def run(self, evaluation: Evaluation) -> Any:
+        """Return what an evaluation gives, run together with those of other requests if there are any that fit."""
+        return self._ask(evaluation)
 
     def plain(self, forward: Callable[[], Any]) -> Any:
         """A call of the model alone, when it is its turn."""
@@ -68,30 +63,12 @@ class Desk(Executor):
         found: list[float] = self._ask(Read(numbers))
         return found
 
-    def discover(
-        self, gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int
-    ) -> tuple[Any, Discovery, tuple[Tensor, ...]]:
-        """The first call of its kind. One row is tested beside another one, as it is going to be run: only with two can
-        be seen where features carry their rows, and that rows do not touch each other."""
-        if rows == 1 and type(gate.model).__name__ not in PACKED:
-            try:
-                two = rowwise.join([arguments, scaled(arguments)], [1, 1])
-                out, finding, features = self._weighed(gate, forward, two, 2)
-            except Exception:  # of a model that cannot take two: then each call of this kind is run alone
-                gate.forget()
-            else:
-                if finding.supported:
-                    return rowwise.split(out, [1, 1])[0], finding, tuple(f[:1] for f in features)
-        return self._weighed(gate, forward, arguments, rows)
-
-    def _weighed(
-        self, gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int
-    ) -> tuple[Any, Discovery, tuple[Tensor, ...]]:
-        """`discover`, and what it takes while it runs, where that is wanted."""
+    def first(self, run: Callable[[], Any], rows: int) -> Any:
+        """Return what the first call of its kind gives; what it takes while it runs is measured if memory is limited."""
         if self._scheduler.memory is None:
-            return super().discover(gate, forward, arguments, rows)
+            return run()
         with Peak() as peak:
-            found = super().discover(gate, forward, arguments, rows)
+            found = run()
         self._scheduler.forward = max(self._scheduler.forward, peak.most // rows)
         return found
 

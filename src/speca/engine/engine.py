@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..config import SpecaConfig
+from ..config import Config, SpecaConfig
+from ..denoiser.executor import Executor
 from ..errors import ConfigError, InputError, QueueFullError, SpecaError, nearest
-from ..executor import Executor
-from ..run import ATTRIBUTE
 from .hub import Hub, play
 from .records import plot
 from .request import Event, Future, Request, Result, arguments_of
@@ -48,7 +47,7 @@ class Engine:
     def __init__(
         self,
         pipe: Any,
-        preset: str | SpecaConfig = "balanced",
+        preset: str | Config = "balanced",
         *,
         max_batch: int = 16,
         component_batch: int = 4,
@@ -78,7 +77,7 @@ class Engine:
             ConfigError: a value out of range, no greenlet, no pipeline, or one that offloads whole models.
             UnsupportedModelError: the pipeline has no diffusion transformer.
         """
-        from ..pipeline import enable, transformers_of
+        from ..diffusers.enable import accelerators_of, enable
 
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r} is not valid; {nearest(mode, MODES)}")
@@ -96,7 +95,7 @@ class Engine:
             memory=_bytes(memory), lockstep=lockstep,
             max_live=max_live if max_live is not None else max_batch if lockstep else 4 * max_batch,
         )  # fmt: skip
-        self._enabled = not any(ATTRIBUTE in model.__dict__ for model in transformers_of(pipe))
+        self._enabled = not accelerators_of(pipe)
         if self._enabled:
             enable(pipe, self.config)
         self._hub, self._names, self._on_event = Hub(pipe, scheduler), arguments_of(pipe), on_event
@@ -152,7 +151,7 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what is under way, end the thread, and undo `speca.enable`. Harmless when closed."""
-        from ..pipeline import disable
+        from ..diffusers.enable import disable
 
         if self._thread is not None:
             with self._condition:
@@ -234,7 +233,7 @@ class Engine:
         """The oracle: the pipeline is called, and nothing else runs."""
         future.begin()
         try:
-            output, report = play(self.pipe, self._hub.runs, future, Executor(), lambda mine, course: None)
+            output, report = play(self.pipe, self._hub.accelerators, future, Executor(), lambda mine, caller: None)
         except Exception as error:
             return future.finish(error=error)
         return future.finish(output, report)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..course import Course
+from ..denoiser.executor import Evaluation, Executor
+from ..denoiser.report import Report
+from ..diffusers.accelerator import Accelerator, kind_of
+from ..diffusers.caller import Caller
 from ..errors import CancelledError, NotEnabledError
-from ..executor import Executor, Pass
-from ..model.gate import Mode
-from ..report import Report
-from ..run import ATTRIBUTE, Run
+from ..verified.evaluation import GatedEvaluation
+from ..verified.gate import Mode
+from .activations import Peak
 from .components import Call, Components, adopt
 from .desk import Desk, Plain, Question, Read
 from .packing import Packer
@@ -36,14 +38,14 @@ class Live:
 
     Attributes:
         future: whom it is for.
-        course: what is kept of it between steps.
+        caller: its copy of the pipeline, with the run that is under way.
         step: the last step it has begun, -1 before the first.
         kind: of the forward that it waits for.
         drafted: the inputs of its last checked draft, by identity: a full forward of the same ones redoes it.
     """
 
     future: Future
-    course: Course | None = None
+    caller: Caller | None = None
     step: int = -1
     kind: Kind = "full"
     drafted: tuple[int, ...] = ()
@@ -64,39 +66,42 @@ def private(pipe: Any, scheduler: Any = None) -> Any:
 
 
 def play(
-    pipe: Any, runs: Sequence[Run], future: Future, executor: Executor, begun: Callable[[Any, Course], None]
+    pipe: Any,
+    accelerators: Sequence[Accelerator],
+    future: Future,
+    executor: Executor,
+    begun: Callable[[Any, Caller], None],
 ) -> Any:
-    """One request from beginning to end: the pipeline's output, and the report. `begun` is given its copy of the
-    pipeline and its course."""
+    """Run one request from beginning to end; returns the pipeline's output and the report. `begun` is given its copy of
+    the pipeline and its caller."""
     request = future.request
     mine = private(pipe, request.scheduler)
     if request.preview:
         watch(mine.scheduler, future.show)
     owner = weakref.ref(mine)
-    course = Course(lambda: getattr(owner(), "scheduler", None))
-    course.speculator = runs[0].speculator_for(request.config, executor)
-    for run in runs:
-        run.courses[mine] = course
-    begun(mine, course)
-    chance = Chance.here(kinds_of(runs))
+    known = accelerators[0].known
+    caller = Caller(lambda: getattr(owner(), "scheduler", None), None, request.config, known, executor)
+    for accelerator in accelerators:
+        accelerator.callers[mine] = caller
+    begun(mine, caller)
+    chance = Chance.here(kinds_of(accelerators))
     torch.manual_seed(request.global_seed)
     try:
         output = mine(**request.call())
     finally:
         chance.restore()
-    return output, report_of(course, runs)
+    return output, report_of(caller, accelerators)
 
 
-def kinds_of(runs: Sequence[Run]) -> tuple[str, ...]:
+def kinds_of(accelerators: Sequence[Accelerator]) -> tuple[str, ...]:
     """Kinds of the devices that the models are on, and "cpu"."""
-    return tuple(sorted({p.device.type for run in runs for p in run.model.parameters()} | {"cpu"}))
+    return tuple(sorted({p.device.type for a in accelerators for p in a.model.parameters()} | {"cpu"}))
 
 
-def report_of(course: Course, runs: Sequence[Run]) -> Report | None:
-    """Decisions and cost; None where no step was taken."""
-    assert course.speculator is not None
+def report_of(caller: Caller, accelerators: Sequence[Accelerator]) -> Report | None:
+    """Return decisions and cost; None where no step was taken."""
     try:
-        return course.report(type(runs[0].model).__name__, course.speculator.config.to_dict())
+        return caller.report(type(accelerators[0].model).__name__)
     except NotEnabledError:
         return None
 
@@ -119,10 +124,11 @@ class Hub:
     cancelled: deque[int] = field(default_factory=deque)  # filled by whoever cancels, from any thread
 
     def __post_init__(self) -> None:
-        from ..pipeline import transformers_of
+        from ..diffusers.enable import accelerators_of
 
-        self.runs: list[Run] = [model.__dict__[ATTRIBUTE] for model in transformers_of(self.pipe)]
-        self.meet, self.packer = Rendezvous(kinds_of(self.runs)), Packer()
+        self.accelerators = accelerators_of(self.pipe)
+        self.meet, self.packer = Rendezvous(kinds_of(self.accelerators)), Packer()
+        self._measured: set[object] = set()  # kinds of forwards whose memory is known
         weighing = self.scheduler.memory is not None
         self.components = Components(self.packer.tokens, self.meet.devices, weighing=weighing)
         self._deadlines: list[tuple[float, int]] = []
@@ -193,12 +199,12 @@ class Hub:
 
         desk = Desk(self.meet, self.scheduler)
 
-        def begun(mine: Any, course: Course) -> None:
-            live.course = course
+        def begun(mine: Any, caller: Caller) -> None:
+            live.caller = caller
             if self.scheduler.component_batch > 1:
-                adopt(mine, self.components, desk.component, [run.model for run in self.runs])
+                adopt(mine, self.components, desk.component, [a.model for a in self.accelerators])
 
-        self._go(index, lambda: self.meet.start(index, lambda: play(self.pipe, self.runs, future, desk, begun)))
+        self._go(index, lambda: self.meet.start(index, lambda: play(self.pipe, self.accelerators, future, desk, begun)))
 
     def _go(self, index: int, onward: Callable[[], None]) -> None:
         """Let a request go on, and take up what it asks for next, or its end."""
@@ -215,8 +221,8 @@ class Hub:
             live.future.finish(error=ended.error)
             raise ended.error  # Ctrl-C, and the like, is not one request's
         output, report = (None, None) if ended.value is None else ended.value
-        if report is None and live.course is not None:
-            report = report_of(live.course, self.runs)
+        if report is None and live.caller is not None:
+            report = report_of(live.caller, self.accelerators)
         self.records.ended(live.future.finish(output, report, ended.error))
 
     def _take(self, index: int, question: Question, ambient: Ambient) -> None:
@@ -231,20 +237,21 @@ class Hub:
         if isinstance(question, Call):
             self._take_component(index, question, ambient)
             return
-        live, position = self.live[index], question.position
-        if position.index > live.step:
-            live.step = position.index
-            live.future.tell("step", position.index, position.total)
-            if position.index >= 1 and self.scheduler.memory is not None:
+        live, step = self.live[index], question.step
+        if step > live.step:
+            live.step = step
+            live.future.tell("step", step, question.total)
+            if step >= 1 and self.scheduler.memory is not None:
                 self.scheduler.weigh(index, self._bytes(live, question))
         inputs = tuple(id(value) for value in question.arguments.values())
-        live.kind = "draft" if question.mode.drafts else "redone" if inputs == live.drafted else "full"
-        live.drafted = inputs if question.mode is Mode.CHECKED else ()
+        mode = question.mode if isinstance(question, GatedEvaluation) else Mode.FULL
+        live.kind = "draft" if mode.drafts else "redone" if inputs == live.drafted else "full"
+        live.drafted = inputs if mode is Mode.CHECKED else ()
         planning = time.perf_counter()
         bucket = self._within(ambient, lambda: self.packer.bucket(question))  # which may try the model
-        lane = Lane.DRAFT if question.mode.drafts else Lane.FULL
+        lane = Lane.DRAFT if mode.drafts else Lane.FULL
         named = ("alone", index) if bucket is None else (ambient, bucket)
-        self.scheduler.post(index, lane, named, rows=question.rows, step=position.index)
+        self.scheduler.post(index, lane, named, rows=question.rows, step=step)
         self.records.planning += time.perf_counter() - planning
 
     def _take_component(self, index: int, call: Call, ambient: Ambient) -> None:
@@ -255,13 +262,13 @@ class Hub:
         self.scheduler.post(index, Lane.COMPONENT, named, rows=max(1, call.rows), step=live.step + 1)
         self.records.planning += time.perf_counter() - planning
 
-    def _bytes(self, live: Live, asked: Pass) -> int:
+    def _bytes(self, live: Live, asked: Evaluation) -> int:
         """What a request holds between its steps: features, outputs, what its drafts have led to, and its inputs."""
-        assert live.course is not None
-        branches = live.course.branches.values()
+        assert live.caller is not None
+        branches = live.caller.branches.values()
         given = [v for v in asked.arguments.values() if isinstance(v, torch.Tensor)]
-        drift = 4 * given[0].numel() if given else 0  # the corrector keeps it from the first draft on
-        own = sum(v.numel() * v.element_size() for v in given) + drift
+        pending = 4 * given[0].numel() if given else 0  # kept from the first correction on
+        own = sum(v.numel() * v.element_size() for v in given) + pending
         return sum(branch.bytes() for branch in branches) + len(branches) * own
 
     def futures(self) -> list[Future]:
@@ -308,7 +315,19 @@ class Hub:
             found = self._within(ambient, lambda: self.components.run(questions))
             self.scheduler.component = self.components.most
             return list(found)
-        return list(self._within(ambient, lambda: self.packer.run(questions)))
+        return self._within(ambient, lambda: self._evaluate(questions))
+
+    def _evaluate(self, asked: Sequence[Evaluation]) -> list[Any]:
+        """What each evaluation of a batch gives; the memory of the first one of a kind is measured if it is limited."""
+        first = asked[0]
+        kind = first.kind, kind_of(first.arguments, None)
+        if self.scheduler.memory is None or kind in self._measured or isinstance(first, GatedEvaluation):
+            return self.packer.run(asked)
+        self._measured.add(kind)
+        with Peak() as peak:
+            found = self.packer.run(asked)
+        self.scheduler.forward = max(self.scheduler.forward, peak.most // sum(a.rows for a in asked))
+        return found
 
     def _within(self, ambient: Ambient, what: Callable[[], Any]) -> Any:
         """Do it in the surroundings of who has asked: gradients, autocast."""

@@ -1,4 +1,4 @@
-"""Which forwards of different requests may be one, and how they are made one and taken apart again."""
+"""Which evaluations of different requests can be one, and how they are put together and taken apart."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..executor import Executor, Pass, Ran
-from ..model import rows as rowwise
-from ..model.gate import Mode
-from ..model.probe import discover
+from ..denoiser import rows as rowwise
+from ..denoiser.executor import Evaluation
+from ..denoiser.outputs import tensors
+from ..denoiser.partial import close
+from ..denoiser.rows import Invocation
+from ..verified.evaluation import GatedEvaluation, Passed
+from ..verified.gate import Mode
+from ..verified.probe import discover
 
 
 class Tokens:
@@ -35,58 +39,92 @@ class Tokens:
 
 
 class Packer:
-    """Names the bucket of a forward, and runs the forwards of one bucket as one.
+    """Names the bucket of an evaluation, and runs the evaluations of one bucket as one.
 
-    Rows whose inputs are used to different lengths (prompts with a mask) are put together only if that was tested: the
-    first time two such calls meet, they are run together and one of them alone.
+    That rows of different requests do not influence each other is tested: the first time two calls of a kind meet, they
+    are run together and one of them alone. Verified drafts have been tested by their model's self-test; there only
+    calls whose rows use their inputs to different lengths (prompts with a mask) are tested again.
     """
 
     def __init__(self) -> None:
-        self.executor, self.tokens = Executor(), Tokens()
-        self._mixing: dict[Hashable, bool] = {}
-        self._first: dict[Hashable, Pass] = {}  # of each kind that is not tested yet, one call
+        self.tokens = Tokens()
+        self._joined: dict[Hashable, bool] = {}
+        self._first: dict[Hashable, Evaluation] = {}  # of each kind that is not tested yet, one call
 
-    def bucket(self, asked: Pass) -> Hashable | None:
-        """Equal for forwards that can be one; None for one that has to run alone."""
-        finding = asked.finding
-        learnt = finding.learnt
+    def bucket(self, asked: Evaluation) -> Hashable | None:
+        """Return a name that is equal for evaluations that can be one; None for one that has to run alone."""
+        same = asked.kind, rowwise.signature(asked.arguments, asked.rows, self.tokens)
+        if not isinstance(asked, GatedEvaluation):
+            return same if self._test(same, asked) else None
+        learnt = asked.finding.learnt
         if learnt is None or learnt.ragged or "whole" in learnt.layouts:
             return None
-        same = id(asked.gate), id(learnt), rowwise.signature(asked.arguments, asked.rows, self.tokens)
-        return *same, asked.mode, None if self._mix(same, asked) else asked.uses
+        return *same, None if self._test_uneven(same, asked) else asked.uses
 
-    def _mix(self, same: Hashable, asked: Pass) -> bool:
+    def _test(self, same: Hashable, asked: Evaluation) -> bool:
+        """Whether calls of this kind can be one. Until two of them have met, each is run alone."""
+        if same in self._joined:
+            return self._joined[same]
+        other = self._first.setdefault(same, asked)
+        if other is asked or not _differ(other, asked):
+            return False
+        joined = self._together([other, asked])
+        try:
+            whole, alone = joined.run(), asked.run()
+        except Exception:  # of a model that cannot take them together: then it need not
+            self._joined[same] = False
+        else:
+            self._joined[same] = close(tensors(rowwise.split(whole, [other.rows, asked.rows])[1]), tensors(alone))
+        del self._first[same]
+        return self._joined[same]
+
+    def _test_uneven(self, same: Hashable, asked: GatedEvaluation) -> bool:
         """Whether calls may differ in what their rows use of their inputs."""
-        if same in self._mixing:
-            return self._mixing[same]
+        if same in self._joined:
+            return self._joined[same]
         if asked.mode is not Mode.FULL:
             return False
         other = self._first.setdefault(same, asked)
-        if set(other.uses) == set(asked.uses):
+        if not isinstance(other, GatedEvaluation) or set(other.uses) == set(asked.uses):
             return False
-        joined = rowwise.join([other.arguments, asked.arguments], [other.rows, asked.rows])
-        try:
-            _, finding = discover(asked.gate, asked.forward, joined, other.rows + asked.rows)
-        except Exception:  # of a model that cannot take them together: then it need not
-            self._mixing[same] = False
-        else:
-            self._mixing[same] = finding.supported and finding.learnt is not None and not finding.learnt.ragged
-        asked.gate.forget()
+        call = self._together([other, asked]).invocation
+        with asked.gate.lock:
+            try:
+                _, finding = discover(asked.gate, call.function, call.arguments, other.rows + asked.rows)
+            except Exception:  # as above
+                self._joined[same] = False
+            else:
+                learnt = finding.learnt
+                self._joined[same] = finding.supported and learnt is not None and not learnt.ragged
+            asked.gate.forget()
         del self._first[same]
-        return self._mixing[same]
+        return self._joined[same]
 
-    def run(self, passes: Sequence[Pass]) -> list[Ran]:
-        """What each of the forwards of one bucket gives."""
-        if len(passes) == 1:
-            return [self.executor.run(passes[0])]
-        first, counts = passes[0], [p.rows for p in passes]
-        joined = dataclasses.replace(
-            first,
-            arguments=rowwise.join([p.arguments for p in passes], counts),
-            rows=sum(counts),
-            forecast=tuple(torch.cat(streams) for streams in zip(*[p.forecast for p in passes], strict=True)),
-        )
-        ran = self.executor.run(joined)
+    def run(self, asked: Sequence[Evaluation]) -> list[Any]:
+        """Return what each of the evaluations of one bucket gives."""
+        if len(asked) == 1:
+            return [asked[0].run()]
+        counts = [a.rows for a in asked]
+        ran = self._together(asked).run()
+        if not isinstance(ran, Passed):
+            return rowwise.split(ran, counts)
         features = [torch.split(f, counts) for f in ran.features]
         outs = rowwise.split(ran.out, counts)
-        return [Ran(out, tuple(f[i] for f in features)) for i, out in enumerate(outs)]
+        return [Passed(out, tuple(f[i] for f in features)) for i, out in enumerate(outs)]
+
+    @staticmethod
+    def _together(asked: Sequence[Evaluation]) -> Evaluation:
+        """One evaluation of all their rows."""
+        first, counts = asked[0], [a.rows for a in asked]
+        call = Invocation(first.invocation.function, rowwise.join([a.arguments for a in asked], counts))
+        if not isinstance(first, GatedEvaluation):
+            return dataclasses.replace(first, invocation=call, rows=sum(counts))
+        forecasts = zip(*[a.forecast for a in asked if isinstance(a, GatedEvaluation)], strict=True)
+        forecast = tuple(torch.cat(streams) for streams in forecasts)
+        return dataclasses.replace(first, invocation=call, rows=sum(counts), forecast=forecast)
+
+
+def _differ(one: Evaluation, other: Evaluation) -> bool:
+    """Whether the rows of two calls are not all equal, so that a mix-up would be seen."""
+    pairs = zip(tensors(one.arguments), tensors(other.arguments), strict=True)
+    return any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)

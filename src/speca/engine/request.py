@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import SpecaConfig
+from ..config import Config, SpecaConfig
+from ..denoiser.report import Report
 from ..errors import InputError, nearest
-from ..report import Report
 
 SETTINGS = ("preset", "tolerance", "speedup", "threshold", "settings")
 OWN = (*SETTINGS, "generator_seed", "scheduler", "priority", "deadline", "preview", "id")
@@ -39,7 +39,7 @@ class Request:
     """
 
     arguments: dict[str, Any]
-    config: SpecaConfig
+    config: Config
     seed: int | None
     scheduler: Any = None
     priority: int = 0
@@ -48,7 +48,7 @@ class Request:
     id: Any = None
 
     @classmethod
-    def build(cls, asked: Mapping[str, Any], accepted: Iterable[str], config: SpecaConfig) -> Request:
+    def build(cls, asked: Mapping[str, Any], accepted: Iterable[str], config: Config) -> Request:
         """From the arguments of the pipeline, which takes those of the names `accepted`, and of `OWN`.
 
         A request without generator or seed is given a seed from torch's global generator.
@@ -104,7 +104,7 @@ class Request:
     @property
     def size(self) -> object:
         """Equal for requests that need equal memory: their plain arguments but texts, and the shapes of tensors."""
-        parts: list[object] = [self.config.anchors, self.config.history_dtype]
+        parts: list[object] = [type(self.config), self.config.anchors]
         for name, value in sorted(self.arguments.items()):
             if isinstance(value, torch.Tensor):
                 parts.append((name, tuple(value.shape), value.dtype))

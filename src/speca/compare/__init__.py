@@ -1,0 +1,1 @@
+"""Runs of pipelines measured: time, quality against the full run, pictures, distances of sets."""

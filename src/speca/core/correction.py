@@ -1,0 +1,188 @@
+"""Corrections: once a step is computed in full, the drafts before it are integrated again with what it shows.
+
+A linear sampler holds the output of step j with weight `W_ij` in the sample at step i. Drafts used a forecast `v_j`,
+extrapolated from full steps before them. When step i is computed in full, the interpolation through its output and the
+outputs of the earlier full steps is one order more accurate. With weights `l_q(t_j)` of that interpolation, outputs
+`V_q` of the full steps, and j over the drafts since the last full step, the sample at step i should change by
+
+    d = sum_j W_ij (sum_q l_q(t_j) V_q - v_j) = sum_q omega_q V_q - drift.
+
+`omega` are quadrature weights. No further evaluation of the model is needed: this is how predictor-corrector methods
+work (Adams-Moulton; for diffusion samplers UniPC, arXiv:2302.04867). The size of `d` is Milne's estimate of the error
+of the drafts.
+
+The correction is applied through the output that is handed to the sampler, so the sampler is not changed. For a
+one-step sampler, `a (x + d) + b v = a x + b (v + d a / b)`. For a sampler with memory p a correction is p numbers per
+element (see `Transition`). What is handed over at one step is used again at later ones, so the rest stays *pending*
+and is applied at the next steps (`Corrector.take`). Every later sample is then the one of a run that had used the
+interpolated outputs from the beginning.
+
+All of this is linear in the outputs, so guidance that mixes branches linearly mixes their corrections, and a constant
+factor or sign that a pipeline puts on the model's output cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .forecast import newton
+from .history import History, on_device
+from .transition import Transition, advance
+
+TRUST = 0.05
+"""A correction of this root mean square, in units of the straight path, is halved."""
+
+
+class Draft(NamedTuple):
+    """One forecast step: its position (its index), and the transition of the sampler there."""
+
+    position: float
+    transition: Transition
+
+
+Interpolation = Callable[[Sequence[float], Sequence[float]], Sequence[Sequence[float]]]
+"""From K steps with known outputs and n target steps to weights (n, K) that estimate the targets' outputs."""
+
+
+def polynomial(nodes: Sequence[float], targets: Sequence[float]) -> Sequence[Sequence[float]]:
+    """Return Lagrange's weights (n, K): those of the polynomial of degree K - 1 through all nodes."""
+    grid = torch.tensor([list(nodes)] * len(targets), dtype=torch.float64)
+    count = torch.full((len(targets),), len(nodes))
+    found: list[list[float]] = newton(grid, count, torch.tensor(targets, dtype=torch.float64), len(nodes) - 1).tolist()
+    return found
+
+
+def quadrature(
+    nodes: Sequence[float], drafts: Sequence[Draft], interpolation: Interpolation = polynomial
+) -> tuple[tuple[float, ...], ...]:
+    """Return the quadrature weights `omega` (p, K): how much the interpolated drafts change the p samples after them.
+
+    Args:
+        nodes: K different steps with known outputs, the newest first.
+        drafts: the drafts since the last full step, in order, at least one.
+        interpolation: how outputs between the nodes are estimated: by a polynomial or by a prior.
+    """
+    weights = np.array(interpolation(nodes, [d.position for d in drafts]), dtype=np.float64)
+    omega = [np.zeros(len(nodes))] * len(drafts[0].transition.keep)
+    for draft, share in zip(drafts, weights, strict=True):
+        omega = advance(omega, draft.transition, share)
+    return tuple(tuple(o.tolist()) for o in omega)
+
+
+class Corrector:
+    """The outputs of the last full steps of B rows, what their drafts have led to, and their pending corrections.
+
+    A full step is computed at the sample that the drafts have led to, not at the corrected one. So its output, as it
+    is kept for later forecasts, is changed by `jacobian * d`. On the straight path `y = x / n` of a flow the velocity
+    hardly depends on small changes of the sample (measured, docs/LOG.md); for any other path the same assumption gives
+    `jacobian = (A + B) / n` for an output `A noise + B x_0`, which is zero for a flow. With it the correction is that
+    of the implicit method, `d = (sum_q omega_q V_q - drift) / (1 - omega_0 jacobian)`.
+
+    A large estimate is mostly error of the estimate. So a correction of root mean square r is multiplied by
+    `1 / (1 + (r / trust)^2)`. Corrections by a prior are taken whole (`trust` infinite).
+
+    Outputs come rows first, (n, ...). Everything is kept in fp32 and freed with the object.
+    """
+
+    def __init__(self, depth: int, rows: int, memory: int, trust: float = TRUST) -> None:
+        """Keep the outputs of `depth` full steps for each of `rows` rows, for a sampler with memory p = `memory`;
+        with 0 nothing is corrected and outputs are only kept."""
+        self.trust, self.memory = trust, memory
+        self.history = History(depth, rows, torch.float32)
+        self.drafts: list[list[Draft]] = [[] for _ in range(rows)]  # since each row's last full step
+        self._drift: Tensor | None = None  # (p, B, ...) how much those drafts have changed the samples from here on
+        self._pending: Tensor | None = None  # (p, B, ...) corrections of the samples from here on, not applied yet
+
+    def forecast(self, rows: Sequence[int], weights: Tensor) -> Tensor:
+        """Return the weighted sums (n, ...) of the kept outputs, for weights (n, K), newest full step first."""
+        return self.history.forecast(rows, weights)[0]
+
+    def add_draft(self, rows: Sequence[int], output: Tensor, position: float, transition: Transition) -> None:
+        """Record that `rows` used the forecast `output` (n, ...) at the step of index `position`."""
+        assert self._drift is not None
+        index = on_device(list(rows), output.device)
+        drift = advance(list(self._drift.index_select(1, index)), transition, output.float())
+        self._drift.index_copy_(1, index, torch.stack(drift))
+        for row in rows:
+            self.drafts[row].append(Draft(position, transition))
+
+    def correction(
+        self,
+        rows: Sequence[int],
+        output: Tensor,
+        omega: Sequence[Sequence[Sequence[float]]],
+        here: Transition,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return the correction of rows that have drafted, now that `output` (n, ...) of a full step is known.
+
+        Args:
+            rows: n rows.
+            output: as the model gave it.
+            omega: the quadrature weights (p, K) of each row: of `output`, then of its kept outputs.
+            here: the transition of the full step.
+
+        Returns:
+            The corrections of this sample and of the p - 1 after it, p tensors (n, ...) in fp32, and the estimated
+            errors of the drafts (n,): root mean squares of the whole corrections, in units of the straight path.
+        """
+        assert self._drift is not None
+        index = on_device(list(rows), output.device)
+        width = 1 + self.history.depth
+        weights = torch.tensor([[[*o, *[0.0] * (width - len(o))] for o in row] for row in omega], dtype=torch.float64)
+        newest = on_device(weights[:, :, 0], output.device, torch.float32)
+        newest = newest.view(*weights.shape[:2], *[1] * (output.dim() - 1))
+        known, moves = output.float(), []
+        for later, drift in enumerate(self._drift.index_select(1, index)):
+            moves.append((known * newest[:, later]).add_(self.forecast(rows, weights[:, later, 1:])).sub_(drift))
+        # The output answers to the corrected sample, which changes the correction again: solved for, not iterated.
+        answer = moves[0] * here.jacobian / (1 - newest[:, 0] * here.jacobian)
+        moves = [move + answer * new for move, new in zip(moves, newest.unbind(1), strict=True)]
+        size = moves[0].flatten(1).square().mean(1).sqrt() / here.size
+        trust = (1 / (1 + (size / self.trust).square())).view(newest[:, 0].shape)
+        return [move * trust for move in moves], size
+
+    def add_pending(self, rows: Sequence[int], corrections: Sequence[Tensor]) -> None:
+        """Note that the samples of `rows` are to be changed by `corrections`, p tensors (n, ...)."""
+        index = on_device(list(rows), corrections[0].device)
+        if self._pending is None:
+            assert self._drift is not None
+            self._pending = torch.zeros_like(self._drift)
+        self._pending.index_add_(1, index, torch.stack(list(corrections)))
+
+    def take(self, rows: Sequence[int], here: Transition) -> Tensor | None:
+        """Return what to add (n, ...) to the outputs of this step so that the next samples are corrected.
+
+        None if nothing is pending. A step whose output is inert cannot carry a correction; it stays pending.
+        """
+        if self._pending is None:
+            return None
+        index = on_device(list(rows), self._pending.device)
+        due = advance(list(self._pending.index_select(1, index)), here)
+        taken = torch.zeros_like(due[0]) if here.inert else due[0] / here.effect[0]
+        if len(due) == 1:  # without memory everything is applied at once
+            self._pending = None
+        else:
+            left = [d - effect * taken for d, effect in zip(due, here.effect, strict=True)]
+            self._pending.index_copy_(1, index, torch.stack(left))
+        return taken
+
+    def add_full(self, rows: Sequence[int], output: Tensor, change: Tensor | None = None) -> None:
+        """Keep `output` (n, ...) of a full step, plus `change`, as the newest of `rows`; their drafts begin anew."""
+        self.history.push(rows, [output.float() if change is None else output.float() + change])
+        if self._drift is None and self.memory:
+            shape = (self.memory, len(self.drafts), *output.shape[1:])
+            self._drift = output.new_zeros(shape, dtype=torch.float32)
+        elif self._drift is not None:
+            self._drift.index_fill_(1, on_device(list(rows), output.device), 0.0)
+        for row in rows:
+            self.drafts[row] = []
+
+    def bytes(self) -> int:
+        """Return the bytes held, all rows together."""
+        sums = [t.numel() * t.element_size() for t in (self._drift, self._pending) if t is not None]
+        return self.history.bytes() + sum(sums)

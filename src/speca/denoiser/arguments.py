@@ -1,0 +1,67 @@
+"""Which argument of a model is the noisy sample and which the time, and the few facts about arguments of diffusers'
+models that shapes cannot tell, as data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+ROW_DIMENSIONS: dict[str, int | None] = {
+    # Position tables belong to no row, even where their length happens to equal the number of rows.
+    "img_ids": None, "txt_ids": None, "image_rotary_emb": None, "rotary_emb": None, "rotary_embedding": None,
+    "freqs_cis": None, "visual_rope_pos": None, "text_rope_pos": None,
+    # So do Framepack's frame numbers.
+    "indices_latents": None, "indices_latents_clean": None, "indices_latents_history_2x": None,
+    "indices_latents_history_4x": None,
+    # HiDream: (layers, B, S, D).
+    "encoder_hidden_states_llama3": 1,
+}  # fmt: skip
+"""Arguments whose rows are not dimension 0: the dimension that indexes rows, None for one that all rows share."""
+
+PACKED: frozenset[str] = frozenset({"Cosmos3OmniTransformer", "MiniMaxH3Transformer3DModel"})
+"""Classes whose inputs are one packed sequence without a row dimension: every call is one row."""
+
+TIME_ARGUMENTS: tuple[str, ...] = (
+    "timestep", "timesteps", "t", "vision_timesteps", "sigma", "sigmas", "time", "times", "ts", "tau", "noise_level",
+    "noise_labels", "diffusion_step", "time_step", "c_noise", "timestep_ratio",
+)  # fmt: skip
+"""Names under which a model takes the time of a step; the first one present counts."""
+
+SAMPLE_ARGUMENTS: tuple[str, ...] = ("hidden_states", "sample", "x", "latents", "x_t", "xt", "noisy", "img", "input")
+"""Names under which a model takes the noisy sample, where its first argument is not it."""
+
+CACHE_ARGUMENTS: frozenset[str] = frozenset({"kv_cache", "kv_caches", "kv_cache_mode", "kv_cache_flag"})
+"""Arguments that, when given, make blocks read or write a cache of their own: a skipped block would not fill it."""
+
+
+def time_name(names: Iterable[str]) -> str | None:
+    """Return the name among `names` that carries the time, None if none of them is a usual one."""
+    known = set(names)
+    return next((name for name in TIME_ARGUMENTS if name in known), None)
+
+
+def argument(arguments: Mapping[str, Any], name: str | None) -> Any:
+    """Return the argument called `name`, of a dictionary among them with a dot: "cond.sigma". None if there is none."""
+    if name is None:
+        return None
+    first, _, rest = name.partition(".")
+    value = arguments.get(first)
+    return argument(value, rest) if rest and isinstance(value, Mapping) else None if rest else value
+
+
+def sample_name(arguments: Mapping[str, Any], time: str | None) -> str | None:
+    """Return the name of the argument that is the noisy sample: the first one, unless that is the time or a scalar.
+
+    None if no argument can be it.
+    """
+    able = [n for n, v in arguments.items() if n != time and (isinstance(v, (list, tuple)) or _is_batch(v))]
+    if able[:1] == list(arguments)[:1]:
+        return able[0] if able else None
+    return next((n for n in able if n in SAMPLE_ARGUMENTS), next(iter(able), None))
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 1

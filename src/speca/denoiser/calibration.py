@@ -1,0 +1,152 @@
+"""What `speca.calibrate` found for one model and sampler: a small JSON file that `speca.enable` takes.
+
+A folder of `save_pretrained` may bring one along, called `speca.json`; `enable` then uses its prior.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import PRESETS, SpecaConfig
+from ..core.prior import Prior
+from ..errors import ConfigError
+
+FORMAT = 2
+BESIDE = "speca.json"
+"""The calibration that comes with a model, in its folder."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A number of full steps on the tuning seeds: the error the prior expects at the end, the realised FLOPs speed-up,
+    and PSNR in dB to the own full run."""
+
+    full_steps: int
+    tolerance: float
+    speedup: float
+    median: float
+    p5: float
+    bound: float  # what a fresh sample reaches with the wanted confidence, see `calibrate`
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The prior of a model, the loosest tolerance that met a target with it, what that gives, and what it was found on.
+
+    Attributes:
+        model: class of the transformer; `enable` refuses others.
+        scheduler: class of the scheduler. The prior serves others too, what was promised was measured with this one.
+        steps: denoising steps.
+        target_psnr, confidence: what was asked: at least so many dB for this share of fresh samples.
+        tolerance: what was found; `SpecaConfig.tolerance`.
+        speedup: FLOPs of the full run over FLOPs spent, self-test included, on fresh seeds.
+        fresh_median, fresh_p5: PSNR in dB on fresh seeds.
+        fresh_met: share of fresh samples that met the target; fresh_low, fresh_high: its 95 % interval (Wilson).
+        tuning_seeds, fresh_seeds: first seed and number.
+        trials: every number of full steps that was tried.
+        prior: the second moments of the model's outputs, of the tuning seeds.
+    """
+
+    model: str
+    scheduler: str
+    steps: int
+    target_psnr: float
+    confidence: float
+    tolerance: float
+    speedup: float
+    fresh_median: float
+    fresh_p5: float
+    fresh_met: float
+    fresh_low: float
+    fresh_high: float
+    tuning_seeds: tuple[int, int]
+    fresh_seeds: tuple[int, int]
+    trials: tuple[Trial, ...]
+    prior: Prior
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, with the version of the format."""
+        shallow = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shallow |= {"trials": [dataclasses.asdict(t) for t in self.trials], "prior": self.prior.to_dict()}
+        return {"format": FORMAT, **shallow}
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON that `load` and `speca.enable(pipe, calibration=path)` read."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read a file of `save`.
+
+        Raises:
+            ConfigError: there is no such file, or it is none of ours.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if values.pop("format") != FORMAT:
+                raise ConfigError(f"{path} was written by another version of speca; calibrate again.")
+            values["trials"] = tuple(Trial(**trial) for trial in values["trials"])
+            values["prior"] = Prior.from_dict(values["prior"])
+            values |= {name: tuple(values[name]) for name in ("tuning_seeds", "fresh_seeds")}
+            return cls(**values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ConfigError(f"{path} is no calibration ({error}); make one with speca calibrate.") from error
+
+    def fitted(self, config: SpecaConfig) -> SpecaConfig:
+        """Return the configuration with the tolerance that was found, where it is left to a calibration: "balanced" meets the
+        target, and others keep their distance from it."""
+        if not config.calibrated:
+            return config
+        balanced = PRESETS["balanced"]
+        assert isinstance(balanced, SpecaConfig)
+        scale = config.tolerance / balanced.tolerance
+        return dataclasses.replace(config, tolerance=self.tolerance * scale)
+
+    @classmethod
+    def beside(cls, pipe: Any) -> Calibration | None:
+        """Return the calibration in the folder that a pipeline was loaded from, if there is one that fits it."""
+        folder = Path(str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or ""))
+        file = folder / BESIDE
+        if not file.is_file():
+            return None
+        found = _read(file, file.stat().st_mtime_ns)
+        models = [getattr(pipe, name, None) for name in ("transformer", "unet")]
+        return found if found.model in {type(model).__name__ for model in models} else None
+
+    def demand_fit(self, model: str) -> None:
+        """Raise `ConfigError` unless it was made for this class of transformer."""
+        if model != self.model:
+            raise ConfigError(f"the calibration was made for {self.model}, and this is {model}; calibrate again.")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, {self.scheduler}, {self.steps} steps: tolerance {self.tolerance:.4g}, {self.speedup:.2f}x "
+            f"fewer FLOPs; on {self.fresh_seeds[1]} fresh seeds {self.fresh_median:.1f} dB at the median, "
+            f"{self.fresh_p5:.1f} dB at the 5th percentile, {self.fresh_met:.0%} at {self.target_psnr:g} dB or more "
+            f"(95 % interval {self.fresh_low:.0%} to {self.fresh_high:.0%})"
+        )
+
+
+def known_from(calibration: Calibration | Prior | str | Path | Literal[False] | None) -> Calibration | Prior | None:
+    """Return what was given as a calibration, read from its file where it is a path.
+
+    Raises:
+        ConfigError: there is no such file, or it is no calibration.
+    """
+    if calibration is None or calibration is False:
+        return None
+    if isinstance(calibration, (Calibration, Prior)):
+        return calibration
+    file = Path(calibration)
+    return _read(file, file.stat().st_mtime_ns) if file.is_file() else Calibration.load(file)
+
+
+@lru_cache(maxsize=16)
+def _read(file: Path, changed: int) -> Calibration:
+    """Return the same object for the same file, so that what was found with its prior is found once in a process."""
+    return Calibration.load(file)

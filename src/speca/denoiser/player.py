@@ -1,0 +1,281 @@
+"""One call of a denoiser: plan, compute or forecast, correct, record.
+
+A step is computed in full for the samples whose plan says so; for the others the output is a weighted sum of the
+outputs of their last full steps, and nothing of the model runs. A player keeps no state itself: that of a branch is in
+its `Branch`. Shapes: B rows of a call, n rows of a part, K kept full steps, p the memory of the sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.controller import ACCEPTED, FULL, Plan, Planner, Record, rows_of, worst
+from ..core.correction import TRUST, Corrector, polynomial, quadrature
+from ..core.forecast import newton
+from ..core.history import History, on_device
+from ..core.prior import DEPTH, Prior
+from ..core.transition import Transition
+from ..errors import UnsupportedModelError
+from .branch import Branch
+from .costs import Costs
+from .executor import Executor
+from .outputs import OutputForm
+
+FLOW_DENSITY = 1.75
+"""How much denser the full steps of a flow are at the beginning, where no prior places them (measured)."""
+STRAIGHT = 1e-3
+"""A sampler whose Jacobians are smaller than this is that of a flow."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser, to be answered.
+
+    Attributes:
+        branch: whose call it is.
+        step: index of the step.
+        evaluate: runs the model on some rows, or on all (None), and returns its own output.
+        sample: the model's noisy input.
+        partial: whether the model can be run on a part of the rows; if not, all samples do the same.
+    """
+
+    branch: Branch
+    step: int
+    evaluate: Callable[[Sequence[int] | None], Any]
+    sample: Any = None
+    partial: Callable[[], bool] = lambda: True
+
+
+@dataclass
+class KeptOutputs:
+    """The outputs of the last full steps of a branch."""
+
+    form: OutputForm
+    corrector: Corrector
+    others: History | None  # tensors that are forecast but not corrected, such as a predicted variance
+
+    def bytes(self) -> int:
+        """Return the bytes held."""
+        return self.corrector.bytes() + (self.others.bytes() if self.others is not None else 0)
+
+
+class Player:
+    """Answers the calls of one run."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        transitions: Sequence[Transition],
+        total: int,
+        prior: Prior | None,
+        executor: Executor,
+        costs: Costs,
+    ) -> None:
+        """
+        Args:
+            planner: chooses the full steps.
+            transitions: (T,) what the sampler does; empty if it is not linear, and then nothing is corrected.
+            total: number of steps T.
+            prior: what is known of the outputs beforehand; None for polynomials.
+            executor: reads numbers from the device.
+            costs: what is spent is added here.
+        """
+        self.planner, self.transitions, self.total = planner, tuple(transitions), total
+        self.prior, self.executor, self.costs = prior, executor, costs
+        flow = bool(transitions) and all(abs(t.jacobian) < STRAIGHT for t in transitions)
+        self.density = FLOW_DENSITY if flow else 1.0
+
+    def play(self, call: Call) -> Any:
+        """Return the output of one call, computed or forecast, and update the records of its branch.
+
+        If the form of the output changes, the rest of the branch is run without forecasts; `branch.plain` says why.
+        """
+        try:
+            return self._play(call)
+        except UnsupportedModelError as problem:
+            call.branch.give_up(call.step, self.total, str(problem))
+            return call.evaluate(None)
+
+    def plans(self, branch: Branch, step: int) -> list[Plan]:
+        """Return what each sample would do at `step`, without changing anything."""
+        records = branch.copy_plan()
+        for record in records:
+            record.step, record.total = step, self.total
+        return [self.planner.plan(record) for record in records]
+
+    def _play(self, call: Call) -> Any:
+        branch, began = call.branch, self.executor.now()
+        branch.stand_at(call.step, self.total)
+        full = [r for r in branch.records if self.planner.plan(r) is Plan.FULL]
+        if full and len(full) < len(branch.records) and not call.partial():
+            full = list(branch.records)
+        computing = {r.sample for r in full}
+        drafted = [r for r in branch.records if r.sample not in computing]
+        forecast = self._forecast(call, drafted) if drafted else []
+        if not full:
+            out = self._kept(branch).form.build(forecast)
+        else:
+            out, computed = self._compute(call, full)
+            if computed is not None:
+                out = self._kept(branch).form.build(_merged(branch.rows, rows_of(full), computed, forecast))
+        for record in branch.records:
+            record.note(FULL if record.sample in computing else ACCEPTED)
+        self.costs.count(len(rows_of(full)), branch.rows, self.executor.now() - began)
+        if call.step == self.total - 1:
+            branch.forget()  # nothing is forecast after the last step
+        return out
+
+    # ------------------------------------------------------------------------------------------- drafts
+    def _forecast(self, call: Call, records: Sequence[Record]) -> list[Tensor]:
+        """The forecast outputs (n, ...) of the rows of `records`, with what is pending of corrections."""
+        rows, kept = rows_of(records), self._kept(call.branch)
+        weights = self._weights(records, rows, call.step)
+        main = kept.corrector.forecast(rows, weights)
+        others = kept.others.forecast(rows, weights) if kept.others is not None else []
+        if self.transitions and not call.branch.uncorrected:
+            here = self.transitions[call.step]
+            kept.corrector.add_draft(rows, main, call.step, here)
+            if (pending := kept.corrector.take(rows, here)) is not None:
+                main = main + pending
+        return [main, *others]
+
+    def _weights(self, records: Sequence[Record], rows: Sequence[int], step: int) -> Tensor:
+        """Forecast weights (n, K), newest full step first, from each row's own full steps."""
+        of = {row: record.anchors for record in records for row in record.rows}
+        if self.prior is not None:
+            known = [self.prior.rule(of[row], [step])[0] for row in rows]
+            return torch.tensor([[*w, *[0.0] * (DEPTH - len(w))] for w in known], dtype=torch.float64)
+        depth = self.planner.config.anchors
+        # Missing full steps are given distinct far positions, so that no gap is zero; their weights are zero.
+        padded = [[*of[row], *(1e6 * (j + 1) for j in range(len(of[row]), depth))] for row in rows]
+        count = torch.tensor([len(of[row]) for row in rows])
+        target = torch.full((len(rows),), float(step), dtype=torch.float64)
+        return newton(torch.tensor(padded, dtype=torch.float64), count, target, self.planner.config.order)
+
+    # ------------------------------------------------------------------------------------------- full steps
+    def _compute(self, call: Call, records: Sequence[Record]) -> tuple[Any, list[Tensor] | None]:
+        """The model's own output for the rows of `records`, and its tensors (n, ...) if they are not all of the answer:
+        they were corrected, or other rows are forecast."""
+        branch, rows = call.branch, rows_of(records)
+        whole = len(rows) == branch.rows
+        out = call.evaluate(None if whole else rows)
+        kept = self._kept(branch, out, call.sample)
+        streams = kept.form.split(out, len(rows))
+        main, change, pending = streams[0], None, None
+        if self.transitions and not branch.uncorrected:
+            change = self._correct(call, kept.corrector, records, rows, main)
+            pending = kept.corrector.take(rows, self.transitions[call.step])
+            for record in records:
+                record.corrected, record.density = True, self.density
+        kept.corrector.add_full(rows, main, change)
+        if kept.others is not None:
+            kept.others.push(rows, streams[1:])
+        depth = self.planner.config.anchors if self.prior is None else DEPTH
+        for record in records:
+            record.anchors = [float(call.step), *record.anchors][:depth]
+        if pending is not None:
+            streams[0] = main.float() + (pending if change is None else pending + change)
+        return out, streams if pending is not None or not whole else None
+
+    def _correct(
+        self, call: Call, corrector: Corrector, records: Sequence[Record], rows: list[int], main: Tensor
+    ) -> Tensor | None:
+        """Compute the corrections that the output `main` (n, ...) of a full step gives, and plan by their sizes.
+
+        Returns by how much outputs here change with the corrected sample (n, ...), None if nothing is corrected.
+        """
+        here, change = self.transitions[call.step], None
+        drafted = [r for r in records if corrector.drafts[r.rows[0]]]
+        if drafted and not here.inert:
+            moved = rows_of(drafted)
+            part = on_device([rows.index(row) for row in moved], main.device)
+            omega = self._quadrature(call.step, drafted, corrector)
+            corrections, sizes = corrector.correction(moved, main[part], [omega[row] for row in moved], here)
+            self._observe(drafted, moved, sizes, corrector)
+            if self.planner.config.corrector:
+                change = torch.zeros_like(main, dtype=torch.float32).index_add_(0, part, corrections[0] * here.jacobian)
+                corrector.add_pending(moved, corrections)
+        enough = self.planner.config.anchors
+        undrafted = [r for r in records if not corrector.drafts[r.rows[0]] and len(r.anchors) >= enough]
+        if undrafted and not here.inert and self._measures(undrafted):
+            self._observe_undrafted(call.step, corrector, undrafted, rows, main)
+        return change
+
+    def _quadrature(
+        self, step: int, drafted: Sequence[Record], corrector: Corrector
+    ) -> dict[int, tuple[tuple[float, ...], ...]]:
+        """The quadrature weights of each row that has drafted; rows with equal pasts share them."""
+        rule = polynomial if self.prior is None else self.prior.rule
+        found: dict[Any, tuple[tuple[float, ...], ...]] = {}
+        of = {}
+        for record in drafted:
+            for row in record.rows:
+                past = tuple(record.anchors), tuple(d.position for d in corrector.drafts[row])
+                if past not in found:
+                    found[past] = quadrature([float(step), *record.anchors], corrector.drafts[row], rule)
+                of[row] = found[past]
+        return of
+
+    def _observe(self, drafted: Sequence[Record], rows: list[int], sizes: Tensor, corrector: Corrector) -> None:
+        """Let the planner plan by the estimated errors (n,) of drafts."""
+        if not self._measures(drafted):
+            return
+        by_row = dict(zip(rows, self._read(sizes), strict=True))
+        for record in drafted:
+            error = worst([by_row[row] for row in record.rows])
+            self.planner.observe(record, error, len(corrector.drafts[record.rows[0]]))
+
+    def _observe_undrafted(
+        self, step: int, corrector: Corrector, records: Sequence[Record], rows: list[int], main: Tensor
+    ) -> None:
+        """Let the planner plan by the innovation at a full step that followed a full step: its output less what would
+        have been forecast, in its effect on the next sample."""
+        here, known = self.transitions[step], rows_of(records)
+        part = on_device([rows.index(row) for row in known], main.device)
+        innovation = main[part].float() - corrector.forecast(known, self._weights(records, known, step))
+        sizes = (innovation * here.effect[0]).flatten(1).square().mean(1).sqrt() / here.size
+        by_row = dict(zip(known, self._read(sizes), strict=True))
+        for record in records:
+            self.planner.observe(record, worst([by_row[row] for row in record.rows]), 1)
+
+    def _measures(self, records: Sequence[Record]) -> bool:
+        """Whether errors change the plan of any of these; of a budget alone, or a placement, none is read."""
+        return self.planner.measures and any(r.placement is None for r in records)
+
+    def _read(self, numbers: Tensor) -> list[float]:
+        self.costs.host_reads += 1
+        return self.executor.read(numbers)
+
+    def _kept(self, branch: Branch, out: Any = None, sample: Any = None) -> KeptOutputs:
+        """What is kept of the branch, made at its first full step from the output of all its rows."""
+        if branch.kept is None:
+            form = OutputForm.of(out, branch.rows, sample)
+            if form.uncorrectable:
+                branch.uncorrected = form.uncorrectable
+            depth = self.planner.config.anchors if self.prior is None else DEPTH
+            correctable = self.transitions and not branch.uncorrected
+            memory = len(self.transitions[0].keep) if correctable else 0
+            corrector = Corrector(depth, branch.rows, memory, TRUST if self.prior is None else math.inf)
+            others = History(depth, branch.rows) if len(form.dtypes) > 1 or form.channels else None
+            branch.kept = KeptOutputs(form, corrector, others)
+        assert isinstance(branch.kept, KeptOutputs)
+        return branch.kept
+
+
+def _merged(total: int, rows: Sequence[int], computed: list[Tensor], forecast: list[Tensor]) -> list[Tensor]:
+    """The tensors (B, ...) of all rows, from those that were computed, at `rows`, and those of all others."""
+    if not forecast:
+        return computed
+    rest = [row for row in range(total) if row not in rows]
+    merged = []
+    for one, other in zip(computed, forecast, strict=True):
+        whole = one.new_empty((total, *one.shape[1:]))
+        whole.index_copy_(0, on_device(list(rows), one.device), one)
+        merged.append(whole.index_copy_(0, on_device(rest, one.device), other.to(one.dtype)))
+    return merged

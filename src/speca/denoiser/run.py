@@ -1,0 +1,197 @@
+"""One run of a sampler: what is known of it beforehand, its branches, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+from ..config import MIN_STEPS, SpecaConfig
+from ..core.controller import Planner, Record
+from ..core.generic import FEW, generic
+from ..core.placement import cheapest, place
+from ..core.prior import Prior
+from ..errors import NotEnabledError
+from ..sampler.response import Response
+from .branch import Branch
+from .costs import Costs
+from .executor import Executor
+from .player import Call, Player
+from .report import Report, SampleReport
+
+
+class Run:
+    """A run of T calls of a denoiser, under way or over. Everything that changes in a run is kept here.
+
+    Attributes:
+        total: number of steps T.
+        response: what the sampler does.
+        branches: by name, for instance "cond".
+        costs: what the calls have cost.
+        notes: what the user should know of this run.
+        planner: chooses the full steps.
+        prior: what is known of the outputs beforehand.
+        player: answers the calls whose outputs are forecast.
+    """
+
+    def __init__(
+        self,
+        config: SpecaConfig,
+        response: Response,
+        total: int,
+        known: Prior | None = None,
+        executor: Executor | None = None,
+        costs: Costs | None = None,
+        planner: Planner | None = None,
+    ) -> None:
+        """
+        Args:
+            config: the settings.
+            response: what the sampler does; without transitions nothing is corrected.
+            total: number of steps T.
+            known: the measured prior of the model, if there is one.
+            executor: runs the model; by default at once.
+            costs: where costs are added up.
+            planner: in place of the one that `config` describes.
+        """
+        self.config, self.response, self.total = config, response, total
+        self.executor = executor or Executor()
+        self.costs = Costs() if costs is None else costs
+        self.notes: list[str] = []
+        self.branches: dict[str, Branch] = {}
+        self.planner = planner or Planner(config)
+        self._measured = known is not None
+        self.prior = self._prior_for(known)
+        self.player = Player(self.planner, response.transitions, total, self.prior, self.executor, self.costs)
+        if response.note and not self.idle:
+            self.note(f"{response.note}.")
+
+    @property
+    def idle(self) -> str:
+        """Why a run of so few steps is left alone, empty if it is not."""
+        if self.total < MIN_STEPS:
+            return f"{self.total} steps leave nothing to forecast (at least {MIN_STEPS}); ran plainly."
+        if self.planner.idle(self.total):
+            return f"{self.total} steps leave nothing to forecast; ran plainly."
+        return ""
+
+    @property
+    def planned(self) -> bool:
+        """Whether full steps can be planned: errors are known by corrections, or they do not matter."""
+        c = self.config
+        return bool(self.response.transitions or c.speedup or c.schedule or self.planner.exact)
+
+    def note(self, text: str) -> None:
+        """Keep a remark for the report, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def branch(self, name: str, rows: int, rows_per_sample: int = 1) -> Branch:
+        """Return the branch called `name`, begun if it is new; where a prior places the full steps, it does so then."""
+        found = self.branches.get(name)
+        if found is None:
+            found = self.branches[name] = Branch.begin(rows, rows_per_sample)
+            placement = self._placement()
+            for record in found.records:
+                record.placement = placement
+        return found
+
+    def play(
+        self,
+        branch: Branch,
+        step: int,
+        evaluate: Callable[[Sequence[int] | None], Any],
+        sample: Any = None,
+        partial: Callable[[], bool] = lambda: True,
+    ) -> Any:
+        """Answer one call, see `Call` for the arguments; without forecasts where the run or the branch goes plainly."""
+        if not self.response.transitions and self.response.reason:
+            self.note(f"nothing is corrected: {self.response.reason}.")
+        out = self.player.play(Call(branch, step, evaluate, sample, partial))
+        if branch.uncorrected:
+            self.note(f"nothing is corrected: {branch.uncorrected}.")
+        return out
+
+    def counted(self, rows: int) -> None:
+        """Count a call of `rows` rows that is answered, and the memory held after it."""
+        self.costs.row_calls += rows
+        self.costs.peak = max(self.costs.peak, sum(branch.bytes() for branch in self.branches.values()))
+
+    def missed(self, step: int) -> None:
+        """Restart branches that left out the step before `step`: their outputs are old and need not be kept."""
+        for branch in self.branches.values():
+            if 0 <= branch.last < step - 1:
+                branch.restart()
+
+    def restart(self) -> None:
+        """Drop what was kept in all branches, as where conditions change in mid-run: the next step is full."""
+        for branch in self.branches.values():
+            branch.restart()
+
+    def end(self) -> None:
+        """Drop all outputs that are kept; the records stay for the report."""
+        for branch in self.branches.values():
+            branch.forget()
+
+    def report(self, model: str) -> Report:
+        """Return what the run cost and saved.
+
+        Raises:
+            NotEnabledError: nothing has run yet.
+        """
+        return report_of(model, self.config.to_dict(), self.branches, self.costs, self.notes)
+
+    # ------------------------------------------------------------------------------------------- the prior
+    def _prior_for(self, measured: Prior | None) -> Prior | None:
+        """What is known of the outputs of this run beforehand; the notes say why a measured prior is not used."""
+        c, steps = self.config, self.response.transitions
+        few = bool(c.speedup) and self.planner.budget(self.total) <= FEW
+        from_sampler = c.prior == "generic" or (c.prior == "auto" and few)
+        if c.prior == "none" or self.planner.exact or not steps or not (from_sampler or measured is not None):
+            return None
+        if not c.corrector:
+            if measured is not None or c.prior == "generic":
+                self.note("the prior is not used: it needs the corrector.")
+            return None
+        if measured is not None and measured.noisy != steps[0].noisy:
+            other = "adds noise at each step" if measured.noisy else "adds none"
+            self.note(f"the prior is not used: it was measured with a sampler that {other}, unlike this one.")
+            measured = None
+        if measured is not None:
+            return measured.at(self.response.noise)
+        self._measured = False
+        return generic(self.response.noise, tuple(steps)) if from_sampler else None
+
+    def _placement(self) -> frozenset[int] | None:
+        """The full steps that a prior gives within the tolerance and the budget; None where it does not place them."""
+        c, steps = self.config, self.response.transitions
+        if self.prior is None or c.schedule or not (c.tolerance or c.speedup):
+            return None
+        found = cheapest(self.prior, steps, c.tolerance) if c.tolerance and self._measured else None
+        if c.speedup and (found is None or len(found.steps) > self.planner.budget(self.total)):
+            found = place(self.prior, steps, self.planner.budget(self.total))
+        return frozenset(found.steps) if found else None
+
+
+def report_of(
+    model: str, config: dict[str, Any], branches: dict[str, Branch], costs: Costs, notes: Sequence[str]
+) -> Report:
+    """Return the report of a run from its branches and costs.
+
+    Raises:
+        NotEnabledError: nothing has run yet.
+    """
+    if not branches and not notes:
+        raise NotEnabledError("nothing has run yet; call the pipeline first, then ask for the report.")
+    records: dict[int, list[Record]] = {}
+    for branch in branches.values():
+        for record in branch.records:
+            records.setdefault(record.sample, []).append(record)
+    samples = tuple(SampleReport.merge(i, records[i]) for i in sorted(records))
+    return Report(
+        model=model, config=config, steps=max((len(s.decisions) for s in samples), default=0), samples=samples,
+        evaluations=costs.evaluations, evaluations_full=costs.evaluations_full,
+        flops=costs.flops, flops_full=costs.flops_full, seconds=costs.seconds,
+        seconds_full=median(costs.full_rates) * costs.row_calls if costs.full_rates else None,
+        bytes_per_sample=costs.peak // max(1, len(samples)), host_reads=costs.host_reads, notes=tuple(notes),
+    )  # fmt: skip

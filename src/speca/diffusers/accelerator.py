@@ -1,0 +1,345 @@
+"""Acceleration of one model: how each of its calls is answered."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import UNPLANNED, Config, SpecaConfig, VerifiedConfig
+from ..core.controller import Plan, Planner
+from ..core.prior import Prior
+from ..denoiser.arguments import CACHE_ARGUMENTS, PACKED, argument, sample_name, time_name
+from ..denoiser.branch import Branch
+from ..denoiser.calibration import Calibration
+from ..denoiser.executor import Evaluation
+from ..denoiser.partial import PartialCalls
+from ..denoiser.report import Report
+from ..denoiser.rows import Invocation, batch_size
+from ..denoiser.run import Run
+from ..errors import NotEnabledError
+from ..verified.drafts import VerifiedDrafts
+from .caller import Caller
+from .companions import foreign_cache, is_compiled, is_compiled_above, learns_order
+from .stack import samples_of_call
+
+ATTRIBUTE = "_speca_accelerator"
+"""Attribute of an accelerated model under which its accelerator is found."""
+NOT_COMPILED = "its forward runs uncompiled; disable, compile its blocks with compile_repeated_blocks(), enable"
+
+Forward = Callable[..., Any]
+
+
+class Accelerator:
+    """Answers the calls of one model. Each pipeline that calls it has a `Caller` of its own here.
+
+    Attributes:
+        model: the accelerated module.
+        config: the settings.
+        known: what was measured of it.
+        drafts: the verified drafts, attached when a run first needs them.
+        before: attributes of the instance that were there before, as they were.
+        planner: in place of the one that the settings describe, for callers that are new.
+        curious: test the blocks of the model even where a run is too short to gain from it.
+        callers: by pipeline.
+        last: who called last.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        home: Any,
+        *,
+        scheduler: Any = None,
+        steps: int | None = None,
+        known: Calibration | Prior | None = None,
+        time: str | None = None,
+        branches: int = 1,
+        compiled: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: the module.
+            config: the settings.
+            home: what was enabled: a pipeline, or the module itself, then with its scheduler or number of steps.
+            scheduler, steps: see `enable`.
+            known: what was measured of the model.
+            time: name of the argument that carries the time, by default found by its name.
+            branches: guidance branches that one's own loop stacks in one call.
+            compiled: whether `torch.compile(module)` has wrapped the module.
+        """
+        self.model, self.config, self.known = model, config, known
+        self.scheduler, self.steps, self.time, self.stacked = scheduler, steps, time, branches
+        self.compiled = compiled
+        self.drafts = VerifiedDrafts(model)
+        self.partial = PartialCalls()
+        self.before: dict[str, Any] = {}
+        self.planner: Planner | None = None
+        self.curious = False
+        self.callers: weakref.WeakKeyDictionary[Any, Caller] = weakref.WeakKeyDictionary()
+        self.last: Caller | None = None
+        self._home = weakref.ref(home)
+        self._warned: set[str] = set()
+        self._signature = inspect.signature(type(model).forward)
+        self._foreign = ""  # what was found of a cache of diffusers when the last run began
+
+    @property
+    def branches(self) -> dict[str, Branch]:
+        """Branches of the last run, by name."""
+        return self.last.branches if self.last else {}
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks on the last run."""
+        return self.last.notes if self.last else []
+
+    def report(self, target: Any = None) -> Report:
+        """Return cost and savings of the last run: of the pipeline `target`, or of any that this model took part in.
+
+        Raises:
+            NotEnabledError: nothing has run yet.
+        """
+        caller = self.last if target is None or target is self.model else self.callers.get(target)
+        if caller is None:
+            raise NotEnabledError("nothing has run yet; call the pipeline first, then ask for the report.")
+        return caller.report(type(self.model).__name__)
+
+    def call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any, pipeline: Any) -> Any:
+        """Answer one call of the model, with forecasts where that is safe, plainly elsewhere.
+
+        Args:
+            forward: the model's original forward.
+            args, kwargs: its arguments.
+            context: diffusers' `CacheContext`, or None.
+            pipeline: the pipeline that is calling, None in one's own sampling loop.
+        """
+        caller = self.last = self.caller(pipeline)
+        call = Invocation(forward, self._bind(args, kwargs))
+        if is_compiled_above(self.model):
+            self._note(caller, f"{type(self.model).__name__} was compiled after speca.enable: {NOT_COMPILED}.")
+        if reason := self._excluded(caller, call.arguments):
+            self._note(caller, f"{type(self.model).__name__} runs plainly: {reason}.")
+            return caller.executor.plain(lambda: forward(*args, **kwargs))
+        try:
+            return self._answer(caller, call, context)
+        except BaseException:
+            self.drafts.gate.forget()
+            caller.end()
+            raise
+
+    def end(self, pipeline: Any = None) -> None:
+        """End the run of a pipeline; without one, every run."""
+        for owner, caller in list(self.callers.items()):
+            if pipeline is None or pipeline is owner:
+                caller.end()
+
+    def caller(self, pipeline: Any) -> Caller:
+        """Return who calls: a pipeline, which its models share, or one's own sampling loop."""
+        owner = pipeline if pipeline is not None else self._home() or self.model
+        found = self.callers.get(owner)
+        if found is None:
+            siblings = [m.__dict__[ATTRIBUTE] for m in vars(owner).values() if ATTRIBUTE in getattr(m, "__dict__", {})]
+            found = next((a.callers[owner] for a in siblings if owner in a.callers), None)
+        if found is None:
+            of = weakref.ref(owner)  # a pipeline may be dropped, or given another scheduler
+            own = pipeline is None and (self.scheduler is not None or self.steps is not None)
+            if own:
+                scheduler = (lambda: self.scheduler) if self.scheduler is not None else None
+                found = Caller(scheduler, self.steps, self.config, self.known)
+            else:
+                found = Caller(lambda: getattr(of(), "scheduler", None), None, self.config, self.known)
+            found.planner = self.planner
+        self.callers[owner] = found
+        return found
+
+    def is_drafted(self, pipeline: Any, time: Any) -> bool:
+        """Return whether a pipeline's coming call at `time` is sure to be forecast, for all samples and branches."""
+        caller = self.callers.get(pipeline)
+        run = caller.run if caller is not None and caller.running else None
+        if caller is None or run is None or not isinstance(self.config, SpecaConfig) or not run.planned or run.idle:
+            return False
+        index = caller.clock.peek(time)
+        if index is None or not run.branches or index <= caller.begin:
+            return False
+        step = index - caller.begin
+        plans = [plan for b in run.branches.values() if b.last == step - 1 for plan in run.player.plans(b, step)]
+        return bool(plans) and all(plan is Plan.DRAFT for plan in plans)
+
+    # ------------------------------------------------------------------------------------------- one call
+    def _answer(self, caller: Caller, call: Invocation, context: Any) -> Any:
+        arguments, name = call.arguments, type(self.model).__name__
+        time = self.time or time_name(arguments)
+        given, noisy = argument(arguments, time), sample_name(arguments, time)
+        if noisy is None:
+            self._note(caller, f"{name} runs plainly: none of its arguments is a batch of samples.")
+            return caller.executor.plain(call)
+        packed = name in PACKED
+        rows = 1 if packed else batch_size(arguments[noisy])
+        placed = caller.place(given.amax() if packed and isinstance(given, Tensor) else given, context)
+        if placed is None:
+            self._note(caller, f"a call runs plainly: {caller.clock.problem}.")
+            return caller.executor.plain(call)
+        run = caller.run
+        assert run is not None
+        step = placed.position.index - caller.begin
+        if run.idle:
+            self._note(caller, run.idle)
+            if not self.curious:
+                return self._plain(caller, run, call, step, rows)
+        if placed.jumped:
+            run.note(
+                f"steps before step {placed.position.index} were left out; what was kept of earlier ones was dropped."
+            )
+        run.missed(step)
+        branch_name = caller.names.name(step, context, (id(self), rows, kind_of(arguments, time)), arguments)
+        if branch_name is None:
+            self._note(caller, f"a call runs plainly: step {placed.position.index} was given to the model too often.")
+            return caller.executor.plain(call)
+        branch = run.branches.get(branch_name) or run.branch(branch_name, rows, self._rows_per_sample(rows))
+        caller.took_part(name)
+        try:
+            checked = self._checked(run)
+            if checked is None:
+                return self._forecast(caller, run, branch, step, call, arguments[noisy])
+            return self._verify(caller, run, checked, branch, step, placed.position.noise, call, time)
+        finally:
+            run.counted(rows)
+
+    def _forecast(self, caller: Caller, run: Run, branch: Branch, step: int, call: Invocation, sample: Any) -> Any:
+        """The main road: planned full steps, forecasts of the output between them."""
+        executor, model = caller.executor, id(self.model)
+        if branch.plain:
+            branch.note_full(step, run.total)
+            return executor.plain(call)
+
+        def evaluate(rows: Sequence[int] | None) -> Any:
+            part = call if rows is None else call.on(rows, branch.rows)
+            count = branch.rows if rows is None else len(rows)
+            return executor.run(Evaluation(part, count, step, run.total, model))
+
+        def partial() -> bool:
+            return self.partial.work(call, branch.rows, lambda some: executor.plain(some))
+
+        out = run.play(branch, step, evaluate, sample, partial)
+        if branch.plain:
+            self._note(caller, f"{type(self.model).__name__} runs plainly from step {step} on: {branch.plain}.")
+        return out
+
+    def _checked(self, run: Run) -> VerifiedConfig | None:
+        """How drafts are verified in this run; None on the main road, where they are not."""
+        if isinstance(self.config, VerifiedConfig):
+            return self.config
+        if run.planned and not self.curious:
+            return None
+        return VerifiedConfig(**{**UNPLANNED.to_dict(), "threshold": run.config.threshold})
+
+    def _verify(
+        self, caller: Caller, run: Run, config: VerifiedConfig, branch: Branch, step: int, noise: float,
+        call: Invocation, time: str | None,
+    ) -> Any:  # fmt: skip
+        """Verified drafts; the model runs plainly where its blocks do not allow them."""
+        name = type(self.model).__name__
+        if run.response.reason:
+            run.note(f"nothing is corrected: {run.response.reason}.")
+        reason = self._unverifiable() or self.drafts.attach()
+        if not reason:
+            self.drafts.renew(run)
+            kind = kind_of(call.arguments, time)
+            out, reason = self.drafts.play(run, config, branch, step, noise, call, kind, curious=self.curious)
+            if reason:
+                where = f" from step {step} on" if branch.plain else ""
+                self._note(caller, f"{name} runs plainly{where}: {reason}")
+            return out
+        self._note(caller, f"{name} runs plainly: {reason}.")
+        branch.note_full(step, run.total)
+        return caller.executor.plain(call)
+
+    def _unverifiable(self) -> str:
+        """Why drafts that run some blocks only are impossible now, empty if they are possible."""
+        if self.compiled or is_compiled(self.model):
+            return f"it was compiled as a whole; {NOT_COMPILED}"
+        if learns_order(self.model):
+            return "diffusers learns from this step what to fetch ahead"
+        return ""
+
+    def _plain(self, caller: Caller, run: Run, call: Invocation, step: int, rows: int) -> Any:
+        """A call of a run that is left alone, recorded all the same."""
+        run.branch("call", rows, self._rows_per_sample(rows)).note_full(step, run.total)
+        caller.took_part(type(self.model).__name__)
+        began = caller.executor.now()
+        out = caller.executor.plain(call)
+        run.costs.count(rows, rows, caller.executor.now() - began)
+        run.counted(rows)
+        return out
+
+    def _rows_per_sample(self, rows: int) -> int:
+        """Rows of one sample in a call: its guidance branches, which the pipeline or the user has stacked."""
+        samples = samples_of_call(rows)
+        if samples is not None:
+            return rows // samples
+        return self.stacked if rows % self.stacked == 0 else 1
+
+    def _excluded(self, caller: Caller, arguments: dict[str, Any]) -> str:
+        """Why a call cannot be accelerated whatever the model does with it, empty if it can."""
+        if self._foreign or not caller.running:
+            self._foreign = foreign_cache(self.model, thorough=True)
+        if cache := self._foreign or foreign_cache(self.model):
+            return cache
+        caches = [n for n in arguments if n in CACHE_ARGUMENTS and arguments[n] is not None]
+        if caches:
+            return f"its blocks keep a cache of their own (`{caches[0]}`), which skipped blocks would not fill"
+        if self.model.training:
+            return "it is in training mode"
+        time = self.time or time_name(arguments)
+        if time is None or argument(arguments, time) is None:
+            return (
+                f"its forward has no time argument of a usual name; pass time='NAME' to speca.enable, one of "
+                f"{', '.join(arguments) or 'its arguments'}"
+            )
+        return ""
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name, in the order of the signature; those of `**kwargs` follow, and those without a name
+        are called "*0", "*1", ..."""
+        bound = dict(self._signature.bind(self.model, *args, **kwargs).arguments)
+        bound.pop(next(iter(self._signature.parameters)))
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                bound.update(bound.pop(name, {}))
+            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and bound.get(name):
+                # Everything before it was given by position as well, so all of it is handed on in order.
+                return {f"*{place}": value for place, value in enumerate(args)} | kwargs
+        return bound
+
+    def _note(self, caller: Caller, text: str) -> None:
+        """Tell the user once, and in the report of each run."""
+        caller.note(text)
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(f"speca: {text}", stacklevel=2)
+
+
+def kind_of(arguments: dict[str, Any], time: str | None) -> object:
+    """Return what is equal in calls of one kind: shapes without rows, dtypes, devices, and options.
+
+    The dtype of the argument `time` does not count: HunyuanVideo's pipeline gives the first timestep in fp32.
+    """
+    parts: list[object] = []
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            parts.append((name, value.shape[1:], None if name == time else value.dtype, value.device))
+        elif name == time:
+            continue
+        elif isinstance(value, (bool, int, str, type(None))):
+            parts.append((name, value))
+        elif isinstance(value, (list, tuple)):
+            tensors = {(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v) for v in value}
+            parts.append((name, frozenset(tensors)))
+        else:
+            parts.append((name, type(value)))
+    return tuple(parts)

@@ -1,0 +1,137 @@
+"""Who calls a model: one pipeline, or one's own sampling loop, and the run that it has under way or has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..config import Config, SpecaConfig
+from ..core.controller import Planner
+from ..core.prior import Prior
+from ..denoiser.branch import Branch
+from ..denoiser.calibration import Calibration
+from ..denoiser.costs import Costs
+from ..denoiser.executor import Executor
+from ..denoiser.report import Report
+from ..denoiser.run import Run, report_of
+from ..sampler.response import Response
+from ..sampler.scheduler import scheduler_response
+from .branches import Branches
+from .clock import Clock, Placed
+from .stack import step_arguments
+
+
+class Caller:
+    """One pipeline, or loop, with its settings. All models that it calls share it.
+
+    Attributes:
+        clock: places calls on the time axis of the scheduler in use.
+        names: tells branches apart.
+        config: the settings, with what a calibration gives.
+        known: the measured prior of the model, if there is one.
+        executor: runs the models; an engine puts its own in place.
+        planner: in place of the one that the settings describe.
+        run: the run under way or the last one, None before the first call that could be placed.
+        running: whether a run is under way.
+        begin: index of its first step on the scheduler's own list, above 0 where it starts from an image.
+        models: classes of the models that took part.
+    """
+
+    def __init__(
+        self,
+        scheduler: Callable[[], Any] | None,
+        steps: int | None,
+        config: Config,
+        known: Calibration | Prior | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        """
+        Args:
+            scheduler: returns the scheduler in use at the moment of a call, as pipelines let users swap it.
+            steps: number of steps, where no scheduler is known.
+            config: the settings.
+            known: what was measured of the model.
+            executor: runs the models; by default at once.
+        """
+        self.clock, self.names = Clock(scheduler, steps), Branches()
+        self._scheduler = scheduler
+        fits = isinstance(known, Calibration) and isinstance(config, SpecaConfig)
+        self.config: Config = known.fitted(config) if fits else config  # type: ignore[union-attr, arg-type]
+        self.known = known.prior if isinstance(known, Calibration) else known
+        self.executor = executor or Executor()
+        self.planner: Planner | None = None
+        self.run: Run | None = None
+        self._start()
+        self.running = False
+
+    def _start(self) -> None:
+        self.run, self.running = None, True
+        self.costs, self.notes = Costs(), list[str]()
+        self.models: list[str] = []
+        self.begin = 0
+        self.names.reset()
+
+    def place(self, given: Any, context: Any) -> Placed | None:
+        """Return where a call stands, None if it cannot be told; a new run begins where a new one is seen."""
+        if not self.running:
+            self._start()
+        reads = self.clock.device_reads
+        placed = self.clock.place(given, context)
+        if placed is not None and placed.fresh:
+            if self.run is not None:  # the run before was broken off, or was a loop that tells of no end
+                self._start()
+            self.begin = placed.position.index
+            total = placed.position.total - self.begin
+            planned = self.config if isinstance(self.config, SpecaConfig) else None
+            response = self._response(placed.position.total) if planned else Response()
+            config = planned or SpecaConfig(prior="none", corrector=False)
+            self.run = Run(config, response, total, self.known, self.executor, self.costs, self.planner)
+            self.run.notes[:0] = self.notes
+            self.notes = self.run.notes
+        self.costs.host_reads += self.clock.device_reads - reads
+        return placed
+
+    def _response(self, total: int) -> Response:
+        """What the scheduler in use does in the run that begins."""
+        scheduler = self._scheduler() if self._scheduler else None
+        if scheduler is None:
+            return Response(reason="the scheduler is not known; pass scheduler= to speca.enable")
+        found = scheduler_response(scheduler, self.begin, **step_arguments())
+        steps = len(found.transitions)
+        if steps and steps != total - self.begin:
+            reason = f"{type(scheduler).__name__} has {steps} timesteps for {total - self.begin} steps"
+            return Response(noise=found.noise, times=found.times, reason=reason)
+        return found
+
+    def note(self, text: str) -> None:
+        """Keep a remark on the run under way for the report, once."""
+        if not self.running:
+            self._start()
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def took_part(self, model: str) -> None:
+        """Note the class of a model that was called."""
+        if model not in self.models:
+            self.models.append(model)
+
+    @property
+    def branches(self) -> dict[str, Branch]:
+        """The branches of the run under way or of the last one, by name."""
+        return self.run.branches if self.run is not None else {}
+
+    def end(self) -> None:
+        """End the run, also after an exception: everything that was kept is dropped, the records stay for the report."""
+        self.clock.reset()
+        self.running = False
+        if self.run is not None:
+            self.run.end()
+
+    def report(self, model: str) -> Report:
+        """Return what the last run cost and saved. `model` is named where none took part.
+
+        Raises:
+            NotEnabledError: nothing has run yet.
+        """
+        name = ", ".join(self.models) or model
+        return report_of(name, self.config.to_dict(), self.branches, self.costs, self.notes)

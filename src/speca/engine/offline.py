@@ -1,0 +1,149 @@
+"""Many requests from a file into a folder, by the engine: a run that was killed goes on where it stood."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from .engine import Engine, Result
+
+MANIFEST = "manifest.jsonl"
+Labels = Callable[[Sequence[str]], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the file: its number, counted from 0, the request, and a mark that changes when either does."""
+
+    number: int
+    asked: dict[str, Any]
+    mark: str
+
+
+def read_lines(path: Path, common: dict[str, Any], seed: int, labels: Labels) -> list[Line]:
+    """The requests of a JSON-lines file.
+
+    A line is a text, which is a prompt, or an object of arguments of the pipeline and of the engine. Two words are for
+    convenience: `seed` for `generator_seed`, and `label` for `class_labels` by name. `common` holds what lines do not
+    say; a line without a seed gets `seed` plus its number, so that a second run asks for the same.
+
+    Raises:
+        InputError: no such file, or a line that is neither.
+    """
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); name a file of JSON lines.") from error
+    lines = []
+    for number, text in enumerate(texts):
+        if not text.strip():
+            continue
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number + 1} is not valid JSON ({error}).") from error
+        if not isinstance(given, (str, dict)):
+            raise InputError(f"{path}, line {number + 1} is neither a text nor an object of arguments.")
+        asked = {**common, **(dict(prompt=given) if isinstance(given, str) else given)}
+        asked["generator_seed"] = asked.pop("seed", asked.get("generator_seed", seed + number))
+        if "label" in asked:
+            asked["class_labels"] = list(labels([str(asked.pop("label"))]))
+        mark = hashlib.blake2b(json.dumps([number, asked], sort_keys=True).encode(), digest_size=8).hexdigest()
+        lines.append(Line(number, asked, mark))
+    if not lines:
+        raise InputError(f'{path} is empty; give one request a line, for example {{"prompt": "a red boat"}}.')
+    return lines
+
+
+@dataclass
+class Folder:
+    """Pictures and the manifest of a run. A line of the manifest is written after its pictures, and both whole."""
+
+    place: Path
+    entries: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, place: Path) -> Folder:
+        """The folder, made if need be, with what an earlier run has finished in it.
+
+        Raises:
+            InputError: it cannot be made or written to.
+        """
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            path = place / MANIFEST
+            path.touch()
+            texts = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise InputError(f"--out {place} cannot be written ({error.strerror}); name another folder.") from error
+        found = cls(place)
+        for text in texts:
+            try:
+                entry = json.loads(text)
+            except ValueError:  # the last line of a run that was killed
+                continue
+            found.entries[entry["line"]] = entry
+        return found
+
+    def has(self, line: Line) -> bool:
+        """Whether this very request is done and its pictures are there."""
+        entry = self.entries.get(line.number, {})
+        pictures = [self.place / name for name in entry.get("images", [])]
+        return bool(pictures) and entry.get("mark") == line.mark and all(p.is_file() for p in pictures)
+
+    def keep(self, line: Line, result: Result) -> None:
+        """Write the pictures of a request, and then its line."""
+        entry: dict[str, Any] = {"line": line.number, "mark": line.mark, "request": line.asked}
+        if result.error is not None:
+            entry["error"] = f"{type(result.error).__name__}: {result.error}"
+        else:
+            samples = torch.as_tensor(np.asarray(result.output[0]), dtype=torch.float32)
+            several = len(samples) > 1
+            entry["images"] = [self._write(s, line.number, i if several else None) for i, s in enumerate(samples)]
+            entry |= {"seconds": round(result.seconds, 4), "waited": round(result.waited, 4)}
+        if result.report is not None:
+            reported = result.report.to_dict()
+            names = ("steps", "samples", "flops_speedup", "bytes_per_sample", "notes")
+            entry["report"] = {name: reported[name] for name in names}
+        self.entries[line.number] = entry
+        self._append(entry)
+
+    def _write(self, sample: torch.Tensor, number: int, index: int | None) -> str:
+        from ..compare.grid import save_png, save_webp
+
+        video = sample.ndim == 4
+        stem = f"{number:06d}" + ("" if index is None else f"-{index}")
+        name, save = f"{stem}.{'webp' if video else 'png'}", save_webp if video else save_png
+        part = self.place / f".{name}"  # the same ending, which says how to write it
+        save(sample, part)
+        os.replace(part, self.place / name)
+        return name
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        path = self.place / MANIFEST
+        with path.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:  # a run that was killed may have left half a line
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write((json.dumps(entry) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def run(engine: Engine, lines: Sequence[Line], folder: Folder) -> Iterator[Result]:
+    """Run the lines that `folder` lacks, and yield each result when it is written."""
+    todo = [line for line in lines if not folder.has(line)]
+    for result in engine.generate({**line.asked, "output_type": "np"} for line in todo):
+        folder.keep(todo[result.index], result)
+        yield result

@@ -1,1 +1,0 @@
-"""The mechanism: how an unmodified transformer is made to skip its blocks. No per-model code."""

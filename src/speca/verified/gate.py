@@ -1,0 +1,388 @@
+"""The iteration gate: what an unmodified model sees when it loops over its own blocks.
+
+While a gated call runs, iterating a block list yields one light stand-in per block. In a full pass a stand-in calls
+its block. In a draft it hands its inputs through, except at the *verify block* (the last one called), which is fed the
+forecast state. Indexing, `len`, names, parameters and `state_dict` stay those of the list.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError, UnsupportedModelError
+from .layouts import Layout, fit
+
+
+class Mode(enum.Enum):
+    """What the stand-ins do during one forward."""
+
+    drafts: bool
+
+    def __init__(self, value: str) -> None:
+        self.drafts = value in ("pass", "checked", "unchecked")
+
+    OFF = "off"  # the list yields its own blocks
+    TRACE = "trace"  # call each block and learn which input each output continues
+    FULL = "full"  # call each block, keep the verify block's state and outputs
+    PASS = "pass"  # hand inputs through; the verify block runs on what reaches it
+    CHECKED = "checked"  # hand inputs through; the verify block runs on the forecast state
+    UNCHECKED = "unchecked"  # hand inputs through; the forecast outputs replace the verify block's
+
+
+@dataclass
+class Slots:
+    """Which argument each output of a block continues, learnt from one real call."""
+
+    is_tuple: bool
+    names: tuple[str | None, ...]
+    quick: Callable[[Sequence[Any], dict[str, Any]], Any] | None = None  # hands inputs through as they were given then
+
+
+@dataclass
+class Features:
+    """State arguments and outputs of the verify block, in the model's own layout."""
+
+    state: list[Tensor]
+    outputs: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What one kind of call taught.
+
+    Attributes:
+        verify: the block that checks.
+        state: its arguments that are forecast.
+        slots: what each block hands through.
+        layouts: where each feature, state first and then outputs, carries its rows.
+        ragged: whether a row alone has fewer tokens than in its batch.
+    """
+
+    verify: StandIn
+    state: tuple[str, ...]
+    slots: tuple[tuple[StandIn, Slots | None], ...]
+    layouts: tuple[Layout, ...]
+    ragged: bool = False
+
+
+class GatedModuleList(nn.ModuleList):
+    """A ModuleList whose iteration and slicing go through the gate while a gated call runs."""
+
+    def __iter__(self) -> Iterator[Any]:
+        gate: Gate = self.__dict__["_speca_gate"]
+        return iter(self.__dict__["_speca_stand_ins"]) if gate.mode is not Mode.OFF else super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:
+        gate: Gate = self.__dict__["_speca_gate"]
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        if gate.mode is not Mode.OFF:
+            return self.__dict__["_speca_stand_ins"][index]
+        return nn.ModuleList(list(self._modules.values())[index])  # a part of the list has no gate
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles are plain lists."""
+        kept = {n: v for n, v in self.__dict__.items() if n not in {"_speca_gate", "_speca_stand_ins"}}
+        return nn.ModuleList, (), kept
+
+
+class StandIn:
+    """Stands for one block while the model iterates. Attributes are the block's own."""
+
+    def __init__(self, gate: Gate, block: nn.Module, name: str) -> None:
+        self.gate, self.block, self.name = gate, block, name
+        self.parameters_of = list(inspect.signature(type(block).forward).parameters)[1:]
+        self.slots: Slots | None = None
+        self.writes = False  # whether the block changes its inputs in place
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "block":
+            raise AttributeError(name)
+        return getattr(self.block, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        gate, slots = self.gate, self.slots
+        if gate.mode.drafts and slots is not None and slots.quick is not None and self is not gate.verify:
+            try:
+                return slots.quick(args, kwargs)  # what a skipped block costs, see recipes/skip_overhead.py
+            except LookupError:  # given by name what was given by position when it was learnt, or the other way round
+                pass
+        return gate.run(self, args, kwargs)
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name; surplus positional ones as "*0", "*1", ..."""
+        names = self.parameters_of
+        bound = {names[i] if i < len(names) else f"*{i}": value for i, value in enumerate(args)}
+        return {**bound, **kwargs}
+
+    def call_with(self, args: Sequence[Any], kwargs: dict[str, Any], replaced: dict[str, Any]) -> Any:
+        """Call the block with some arguments replaced, each where the model had put it."""
+        positional, named = list(args), dict(kwargs)
+        for name, value in replaced.items():
+            if name in named:
+                named[name] = value
+            else:
+                positional[self.parameters_of.index(name)] = value
+        return self.block(*positional, **named)
+
+    def learn(self, bound: dict[str, Any], out: Any, given: int) -> None:
+        """Find the argument each output continues: same shape, and nearest in value as blocks are residual.
+
+        `given` is the number of arguments that were positional.
+        """
+        outputs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
+        names: list[str | None] = []
+        for o in outputs:
+            free = {
+                n: v
+                for n, v in bound.items()
+                if isinstance(o, Tensor) and isinstance(v, Tensor) and v.shape == o.shape and n not in names
+                and v.is_floating_point()
+            }  # fmt: skip
+            names.append(min(free, key=lambda n: float((free[n].float() - o.float()).norm())) if free else None)
+        passable = bool(names) and all(n is not None or o is None for n, o in zip(names, outputs, strict=True))
+        found = passable and any(names)
+        is_tuple = not isinstance(out, Tensor)
+        self.slots = Slots(is_tuple, tuple(names), _quick(is_tuple, names, list(bound)[:given])) if found else None
+
+    def pass_through(self, bound: dict[str, Any]) -> Any:
+        """The inputs in the structure of the outputs."""
+        assert self.slots is not None
+        values = tuple(None if name is None else bound[name] for name in self.slots.names)
+        return values if self.slots.is_tuple else values[0]
+
+
+@dataclass
+class Gate:
+    """The gate of one transformer: its lists, the verify block, and what the current pass keeps or substitutes."""
+
+    model: nn.Module
+    mode: Mode = Mode.OFF
+    lists: dict[str, nn.ModuleList] = field(default_factory=dict)
+    blocks: dict[str, list[Any]] = field(default_factory=dict)  # of each list, as they were last seen
+    stand_ins: dict[str, list[StandIn]] = field(default_factory=dict)
+    renewals: int = 0  # how often blocks were not those known before, so that nothing learnt of them holds
+    verify: StandIn | None = None
+    state: tuple[str, ...] = ()
+    learnt: Learnt | None = None
+    called: list[StandIn] = field(default_factory=list)
+    bound: dict[str, Any] = field(default_factory=dict)
+    features: Features | None = None
+    forecast: Features | None = None
+    lock: Any = field(default_factory=threading.RLock, repr=False)  # held while a forward goes through the gate
+
+    def attach(self) -> None:
+        """Put the gate into every block list of the model. Undone by `detach`; what was learnt of blocks is kept.
+
+        Raises:
+            ConfigError: a list is gated already, for another model that shares it.
+        """
+        lists = block_lists(self.model)
+        demand_free(self.model)
+        if self.blocks != (blocks := _blocks_of(lists)):
+            self.blocks = blocks
+            self.stand_ins = {n: [StandIn(self, b, f"{n}.{i}") for i, b in enumerate(own)] for n, own in blocks.items()}
+            self.learnt, self.renewals = None, self.renewals + 1
+        for name, gated in lists.items():
+            gated.__dict__["_speca_gate"], gated.__dict__["_speca_stand_ins"] = self, self.stand_ins[name]
+            gated.__class__ = GatedModuleList
+        self.lists = lists
+
+    def refresh(self) -> None:
+        """Take up blocks and lists that were replaced, added or removed since `attach`; quick where none was."""
+        lists = block_lists(self.model)
+        if lists != self.lists or _blocks_of(lists) != self.blocks:
+            self.detach()
+            self.attach()
+
+    def detach(self) -> None:
+        """Give every list its class and attributes back."""
+        for blocks in self.lists.values():
+            blocks.__class__ = nn.ModuleList
+            del blocks.__dict__["_speca_gate"], blocks.__dict__["_speca_stand_ins"]
+        self.lists.clear()
+        self.forget()
+
+    def learn(self, layouts: Sequence[Layout], *, ragged: bool) -> Learnt:
+        """What the traced call taught, to be given back to `arm` at later calls of its kind."""
+        assert self.verify is not None
+        slots = tuple((s, s.slots) for known in self.stand_ins.values() for s in known)
+        self.learnt = Learnt(self.verify, self.state, slots, tuple(layouts), ragged)
+        return self.learnt
+
+    def arm(self, learnt: Learnt) -> None:
+        """Prepare for calls of the kind `learnt` was learnt from."""
+        if learnt is not self.learnt:
+            self.learnt, self.verify, self.state = learnt, learnt.verify, learnt.state
+            for stand_in, slots in learnt.slots:
+                stand_in.slots = slots
+
+    def forget(self) -> None:
+        """Drop the tensors of the last pass."""
+        self.mode, self.bound, self.features, self.forecast = Mode.OFF, {}, None, None
+
+    def run(self, stand_in: StandIn, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """One block's turn in the current pass."""
+        if self.mode is Mode.TRACE:
+            return self._trace(stand_in, args, kwargs)
+        if stand_in is not self.verify:
+            if self.mode is Mode.FULL:
+                return stand_in.block(*args, **kwargs)
+            if stand_in.slots is None:
+                with onloaded(stand_in.block):
+                    return stand_in.block(*args, **kwargs)
+            return stand_in.pass_through(stand_in.bind(args, kwargs))
+        if self.mode is Mode.UNCHECKED:
+            return self._substitute(stand_in, stand_in.bind(args, kwargs))
+        if self.mode is Mode.CHECKED:
+            assert self.forecast is not None
+            bound = stand_in.bind(args, kwargs)
+            given = {n: self._fitted(f, bound[n]) for n, f in zip(self.state, self.forecast.state, strict=True)}
+            with onloaded(stand_in.block):
+                out = stand_in.call_with(args, kwargs, given)
+            self.features = Features([], tensors_of(out))
+            return out
+        bound = stand_in.bind(args, kwargs)
+        state = [bound[name] for name in self.state] if self.mode is Mode.FULL else []
+        if stand_in.writes:
+            state = [s.clone() for s in state]
+        with onloaded(stand_in.block) if self.mode is Mode.PASS else nullcontext():
+            out = stand_in.block(*args, **kwargs)
+        self.bound = bound if self.mode is Mode.PASS else {}
+        self.features = Features(state, tensors_of(out))
+        return out
+
+    def _trace(self, stand_in: StandIn, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        bound = stand_in.bind(args, kwargs)
+        # A block may write into its inputs, so what the last one was given is kept as a copy.
+        kept = {n: v.clone() if isinstance(v, Tensor) else v for n, v in bound.items()}
+        before = [_version(v) for v in bound.values()]
+        out = stand_in.block(*args, **kwargs)
+        stand_in.writes = any(v is None for v in before) or before != [_version(v) for v in bound.values()]
+        stand_in.learn(kept, out, len(args))
+        if stand_in.slots is not None:
+            self.called.append(stand_in)
+            self.verify, self.bound = stand_in, kept
+            self.features = Features([], [o.clone() for o in tensors_of(out)])
+        return out
+
+    def _substitute(self, stand_in: StandIn, bound: dict[str, Any]) -> Any:
+        assert self.forecast is not None and stand_in.slots is not None
+        outputs = iter(self.forecast.outputs)
+        names = stand_in.slots.names
+        values = tuple(None if name is None else self._fitted(next(outputs), bound[name]) for name in names)
+        return values if stand_in.slots.is_tuple else values[0]
+
+    def _fitted(self, forecast: Tensor, like: Tensor) -> Tensor:
+        """Of a ragged row: forecasts come with as many tokens as the longest row of the batch had."""
+        if forecast.shape == like.shape:
+            return forecast
+        if self.learnt is None or not self.learnt.ragged:
+            raise UnsupportedModelError(
+                f"these rows have features of shape {tuple(like.shape)} where {tuple(forecast.shape)} was kept of them."
+            )
+        return fit(forecast, like.shape)
+
+
+def _quick(
+    is_tuple: bool, names: Sequence[str | None], positional: Sequence[str]
+) -> Callable[[Sequence[Any], dict[str, Any]], Any] | None:
+    """A fast `pass_through` for calls that give the same arguments by position, None where there is none."""
+    if None in names or is_tuple == (len(names) == 1):
+        return None
+    # Written out for one and two outputs, as nearly all blocks have: faster ways cannot be traced by torch.compile.
+    if all(name in positional for name in names):
+        places = [positional.index(str(name)) for name in names]
+        i, j = places[0], places[-1]
+        if len(places) < 3:
+            return (lambda args, kwargs: (args[i], args[j])) if is_tuple else lambda args, kwargs: args[i]
+        return lambda args, kwargs: tuple([args[place] for place in places])
+    if not any(name in positional for name in names):
+        keys = [str(name) for name in names]
+        n, m = keys[0], keys[-1]
+        if len(keys) < 3:
+            return (lambda args, kwargs: (kwargs[n], kwargs[m])) if is_tuple else lambda args, kwargs: kwargs[n]
+        return lambda args, kwargs: tuple([kwargs[key] for key in keys])
+    return None
+
+
+LIST_TYPES = (nn.ModuleList, GatedModuleList)
+"""Exact types: a subclass may already do something of its own when iterated."""
+
+
+def tensors_of(out: Any) -> list[Tensor]:
+    """The tensors among a block's outputs, in order."""
+    return [o for o in ([out] if isinstance(out, Tensor) else out) if isinstance(o, Tensor)]
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Lists of blocks that are direct children of the model, or children of a ModuleDict there.
+
+    Lists deeper down (refiners, feed-forward parts) keep running: they are cheap or part of a block.
+    """
+    candidates = dict(model.named_children())
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleDict):
+            candidates |= {f"{name}.{key}": inner for key, inner in child.named_children()}
+    return {n: c for n, c in candidates.items() if isinstance(c, nn.ModuleList) and type(c) in LIST_TYPES and len(c)}
+
+
+def _blocks_of(lists: dict[str, nn.ModuleList]) -> dict[str, list[Any]]:
+    return {name: list(blocks._modules.values()) for name, blocks in lists.items()}
+
+
+def onloaded(block: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the weights of a block that runs in a draft are on its device.
+
+    Group offloading of diffusers brings the weights of several blocks when the first of them runs, and takes them away
+    after the last. A draft skips either, and then the block has to ask for its group itself.
+    """
+    registry: Any = getattr(block, "_diffusers_hook", None)
+    hook = registry.hooks.get("group_offloading") if registry is not None else None
+    return nullcontext() if hook is None else _onloaded(hook.group, registry._module_ref)
+
+
+@contextmanager
+def _onloaded(group: Any, block: nn.Module) -> Iterator[None]:
+    if group.onload_leader is not None and group.onload_leader is not block:
+        group.onload_()
+    try:
+        yield
+    finally:
+        if group.offload_leader is not block:
+            group.offload_()
+
+
+def demand_free(model: nn.Module) -> None:
+    """Refuse block lists that another accelerated model iterates as well: a list can have one gate.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    gates = {name: blocks.__dict__.get("_speca_gate") for name, blocks in block_lists(model).items()}
+    shared = [name for name, gate in gates.items() if gate is not None and gate.model is not model]
+    if shared:
+        raise ConfigError(
+            f"{type(model).__name__} shares {', '.join(shared)} with another model that is accelerated, as a copy.copy "
+            "does; call speca.disable on that one first, or enable a copy.deepcopy."
+        )
+
+
+def is_gated(model: nn.Module) -> bool:
+    """Whether a gate sits in any block list of the model."""
+    return any(isinstance(child, GatedModuleList) for child in model.modules())
+
+
+def _version(value: Any) -> int | None:
+    """How often a tensor was written to, None where torch does not count (inference mode); 0 for anything else."""
+    if not isinstance(value, Tensor):
+        return 0
+    return None if value.is_inference() else value._version

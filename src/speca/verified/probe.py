@@ -1,0 +1,238 @@
+"""State discovery and self-test: what must be forecast, and proof on a real call that nothing else is needed.
+
+The first full step of a model is followed, once, by a few cheap passes of the same call:
+
+1. pass: every block hands its inputs through, and the verify block shows which of its arguments change. These are the
+   *state* that skipped blocks carry, and only they are forecast.
+2. one row alone, in full: it must give what it gave in its batch, so the rows of the inputs were found correctly. Its
+   features show where rows lie in those of the batch, and whether they are *ragged*: fewer tokens alone than in the
+   batch. Whatever the blocks keep on the side now belongs to another call.
+3. replay: the same call as a draft fed the exact features must give the full output, checked and unchecked; where rows
+   are ragged, the row alone as well.
+
+Anything else means a hidden path around the verify block, and the model is then run plainly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..denoiser import rows as rowwise
+from ..denoiser.outputs import take, tensors
+from ..denoiser.partial import close
+from ..errors import UnsupportedModelError
+from . import layouts
+from .gate import Features, Gate, Learnt, Mode
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What the probe found. FLOPs are per row, counted by PyTorch; None where it cannot count."""
+
+    supported: bool
+    reason: str
+    verify_block: str = ""
+    blocks: tuple[tuple[str, int], ...] = ()
+    state: tuple[str, ...] = ()
+    main: int = 0  # index, among the verify block's output tensors, of the one that is compared
+    self_test: str = "not run"
+    flops_full: float | None = None
+    flops_checked: float | None = None
+    flops_unchecked: float | None = None
+    ragged: bool = False
+    learnt: Learnt | None = field(default=None, repr=False, compare=False)  # for the gate, at later calls of this kind
+
+    @property
+    def depth(self) -> int:
+        """Number of gated blocks a full step runs."""
+        return sum(n for _, n in self.blocks)
+
+
+def discover(gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int) -> tuple[Any, Discovery]:
+    """Run one call in full, learn from it, and test the draft path on it.
+
+    Returns the full output (to be handed to the caller) and the finding. The features of the call are in
+    `gate.features`, ready to be recorded, if the model is supported.
+    """
+    fresh = _Fresh(arguments, rows)
+    gate.called, gate.verify, gate.state, gate.learnt, gate.mode = [], None, (), None, Mode.TRACE
+    whole = hasattr(forward, "_torchdynamo_orig_callable")  # compiled as one: learning from it is not for a compiler
+    with torch.compiler.set_stance("force_eager") if whole else nullcontext():
+        out = forward(**fresh())
+    if gate.verify is None:
+        return out, Discovery(False, _no_blocks(gate))
+    try:
+        finding = _examine(gate, forward, fresh, out)
+    except UnsupportedModelError as problem:
+        finding = Discovery(False, str(problem))
+    except Exception as problem:  # whatever a foreign model raises when it is skipped: run it plainly
+        finding = Discovery(False, f"a skipped pass raised {type(problem).__name__}: {problem}")
+    if whole or not finding.supported:
+        # The probe may have left side effects of other calls behind, or rounded as eager code; the true call decides.
+        gate.mode = Mode.OFF
+        out = forward(**fresh())
+    return out, finding
+
+
+class _Fresh:
+    """Arguments anew for every pass: tensors as they were, containers copied."""
+
+    def __init__(self, arguments: dict[str, Any], rows: int) -> None:
+        self.rows = rows
+        self.arguments = {n: v.clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+
+    def __call__(self, rows: Sequence[int] | None = None) -> dict[str, Any]:
+        return rowwise.select(self.arguments, range(self.rows) if rows is None else rows, self.rows)
+
+    def other(self) -> tuple[dict[str, Any], int | None]:
+        """A different call of one row, and which row it is: of several rows the one that uses the least of its inputs,
+        the last of equals; with one row the same input scaled, which is none of them."""
+        if self.rows > 1:
+            weights = rowwise.weights(self.arguments, self.rows)
+            row = min(reversed(range(self.rows)), key=weights.__getitem__)
+            return self([row]), row
+        return scaled(self()), None
+
+
+def scaled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Another call: the first argument that is no whole number, by nine tenths."""
+    name, value = next((n, v) for n, v in arguments.items() if _is_floating(v))
+    return {**arguments, name: value * 0.9 if isinstance(value, Tensor) else [v * 0.9 for v in value]}
+
+
+def _examine(gate: Gate, forward: Forward, fresh: _Fresh, out: Any) -> Discovery:
+    verify, reference = gate.verify, gate.features
+    assert verify is not None and verify.slots is not None and reference is not None
+    given = gate.bound
+    flops: dict[str, float] = {}
+    compiled = _is_compiled(gate.model, forward)
+
+    gate.mode = Mode.PASS
+    flops["checked"] = _counted(lambda: forward(**fresh()), compiled)[1] / fresh.rows
+    gate.state = _state(given, gate.bound)
+    features = Features([given[name] for name in gate.state], reference.outputs)
+
+    gate.mode = Mode.FULL
+    single, row = fresh.other()
+    alone, flops["full"] = _counted(lambda: forward(**single), compiled)
+    assert gate.features is not None
+    learnt = _learn(gate, features, gate.features, fresh.rows)
+    if row is not None and not close(tensors(alone), take(out, row, fresh.rows)):
+        raise UnsupportedModelError(f"row {row} computed alone differs from the same row in its batch.")
+    if learnt.ragged and row is not None:
+        gate.mode, gate.forecast = Mode.CHECKED, _row_of(features, learnt, row, fresh.rows)
+        _demand(forward(**fresh([row])), alone, verify.name, "row by row")
+
+    for mode in (Mode.CHECKED, Mode.UNCHECKED):
+        gate.mode, gate.forecast = mode, features
+        replay, count = _counted(lambda: forward(**fresh()), compiled)
+        flops[mode.value] = count / fresh.rows
+        _demand(replay, out, verify.name, mode.value)
+    gate.features, gate.forecast = features, None
+    main = [name for name in verify.slots.names if name is not None]
+    return Discovery(
+        supported=True,
+        reason="",
+        verify_block=verify.name,
+        blocks=tuple((n, sum(s.name.rpartition(".")[0] == n for s in gate.called)) for n in _names(gate)),
+        state=gate.state,
+        main=main.index(gate.state[0]) if gate.state[0] in main else 0,
+        self_test="passed: a replayed full step equals the full step",
+        flops_full=flops["full"] or None,
+        flops_checked=flops["checked"] or None,
+        flops_unchecked=flops["unchecked"] or None,
+        ragged=learnt.ragged,
+        learnt=learnt,
+    )
+
+
+def _state(full: dict[str, Any], passed: dict[str, Any]) -> tuple[str, ...]:
+    """The arguments of the verify block that differ between a full pass and one that skipped the blocks before it."""
+    state = tuple(name for name, value in full.items() if _differs(value, passed[name]))
+    if not state:
+        raise UnsupportedModelError("the verify block's inputs do not depend on the blocks before it.")
+    loose = [name for name in state if not isinstance(full[name], Tensor)]
+    if loose:
+        raise UnsupportedModelError(f"the verify block carries state in arguments that are no tensors: {loose}.")
+    return state
+
+
+def _learn(gate: Gate, batch: Features, alone: Features, rows: int) -> Learnt:
+    """Where the features carry their rows, from those of a batch and those of one of its rows."""
+    pairs = list(zip([*batch.state, *batch.outputs], [*alone.state, *alone.outputs], strict=True))
+    kinds = [layouts.layout(b, rows, a) for b, a in pairs]
+    shapes = [
+        (layouts.rows_first(b, rows, kind).shape[1:], layouts.rows_first(a, 1, kind).shape[1:])
+        for (b, a), kind in zip(pairs, kinds, strict=True)
+    ]
+    return gate.learn(kinds, ragged=any(b != a for b, a in shapes))
+
+
+def _row_of(features: Features, learnt: Learnt, row: int, rows: int) -> Features:
+    """The features of one row, cut out of those of its batch."""
+    cut = [
+        layouts.as_given(layouts.rows_first(f, rows, kind)[row : row + 1], kind)
+        for f, kind in zip([*features.state, *features.outputs], learnt.layouts, strict=True)
+    ]
+    return Features(cut[: len(features.state)], cut[len(features.state) :])
+
+
+def _demand(replay: Any, full: Any, verify: str, how: str) -> None:
+    if not close(tensors(replay), tensors(full)):
+        raise UnsupportedModelError(
+            f"replaying a full step as a draft ({how}) does not give its output: the model carries something past "
+            f"{verify} that skipped blocks would have made."
+        )
+
+
+def _names(gate: Gate) -> list[str]:
+    return list(dict.fromkeys(s.name.rpartition(".")[0] for s in gate.called))
+
+
+def _no_blocks(gate: Gate) -> str:
+    if not gate.lists:
+        return f"{type(gate.model).__name__} has no list of blocks"
+    return f"no block of {', '.join(gate.lists)} returns what it was given in the same shape"
+
+
+def _counted(run: Callable[[], Any], compiled: bool) -> tuple[Any, float]:
+    """The result of `run` and the FLOPs it took, 0 where they cannot be counted (flex attention).
+
+    Compiled code hides its operations from the counter and must not be traced anew under it. So counting is eager, and
+    what was `compiled` runs once more for its result, as eager code rounds differently.
+    """
+    try:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            out = run()
+    except Exception:  # of the counter, or of the model: then it comes again
+        return run(), 0.0
+    return run() if compiled else out, float(counter.get_total_flops())
+
+
+def _is_compiled(model: nn.Module, forward: Forward) -> bool:
+    return hasattr(forward, "_torchdynamo_orig_callable") or any(
+        getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()
+    )
+
+
+def _differs(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return not (isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b))
+    if isinstance(a, (list, tuple)):
+        return len(a) != len(b) or any(_differs(x, y) for x, y in zip(a, b, strict=True))
+    return False
+
+
+def _is_floating(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(v, Tensor) and v.is_floating_point() for v in value)
+    return isinstance(value, Tensor) and value.is_floating_point()
