@@ -56,7 +56,7 @@ class Settings:
                 raise ConfigError(_unknown(name, base, fields))
         if isinstance(base, SpecaConfig):
             overrides = _planned_overrides(overrides)
-        return typing.cast("SpecaConfig | VerifiedConfig", dataclasses.replace(base, **overrides))
+        return dataclasses.replace(base, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, one per field."""

@@ -178,7 +178,7 @@ def speca_with(knob: str, base: str | Config = VERIFYING, measured: bool = True,
 
 
 def scheduled(corrector: bool) -> Apply:
-    """Full at the steps of a schedule, order-1 forecasts between: of outputs with the corrector, of features without."""
+    """Full at the steps of a schedule, order-1 forecasts between: corrected outputs, or features that are not."""
 
     @contextmanager
     def apply(pipe: Any, call: Call, schedule: list[int]) -> Iterator[Setup]:

@@ -117,7 +117,7 @@ def _corrections(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int
     found: dict[int, dict[int, float]] = {}
 
     class Observing(Planner):
-        measures = True  # type: ignore[assignment]
+        measures = True
 
         def observe(self, record: Record, error: float, drafts: int) -> None:
             if record.streak:

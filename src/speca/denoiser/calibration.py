@@ -98,8 +98,10 @@ class Calibration:
             raise ConfigError(f"{path} is no calibration ({error}); make one with speca calibrate.") from error
 
     def fitted(self, config: SpecaConfig) -> SpecaConfig:
-        """Return the configuration with the tolerance that was found, where it is left to a calibration: "balanced" meets the
-        target, and others keep their distance from it."""
+        """Return the configuration with the tolerance that was found, where it is left to a calibration.
+
+        "balanced" then meets the target, and the other presets keep their distance from it.
+        """
         if not config.calibrated:
             return config
         balanced = PRESETS["balanced"]

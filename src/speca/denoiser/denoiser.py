@@ -72,7 +72,7 @@ class Denoiser:
         config = SpecaConfig.build(preset, **overrides)
         if not isinstance(config, SpecaConfig):
             raise ConfigError(
-                "preset 'paper' checks drafts with a block of the model, and a Denoiser does not look inside its model; "
+                "preset 'paper' checks drafts with a block of the model, and a Denoiser does not look inside it; "
                 "use speca.enable(module, 'paper', scheduler=...), or another preset."
             )
         known = known_from(calibration)

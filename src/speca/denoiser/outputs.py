@@ -137,11 +137,7 @@ def _without_content(out: Any, items: list[Tensor] | None) -> Any:
 
 def _filled(out: Any, given: Iterator[Any], kind: type, only: Any = None) -> Any:
     """An output of the structure of `out` with its tensors (or its list of rows) replaced by what is given."""
-    if only is not None:
-        here = out is only
-    else:
-        here = isinstance(out, kind)
-    if here:
+    if out is only if only is not None else isinstance(out, kind):
         return next(given)
     if isinstance(out, dict):
         return type(out)(**{k: _filled(v, given, kind, only) for k, v in out.items()})

@@ -49,7 +49,7 @@ class PartialCalls:
 
 
 def close(many: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Return whether tensors are equal within rounding, by ratios of norms: another batch size may use another kernel."""
+    """Return whether tensors are equal within rounding, as another batch size may use another kernel."""
     return len(many) == len(others) and all(_close(a, b) for a, b in zip(many, others, strict=True))
 
 

@@ -71,7 +71,7 @@ def owners(arguments: dict[str, Any], total: int) -> object:
 
 
 def weights(arguments: dict[str, Any], total: int) -> list[float]:
-    """Return how much of the inputs each row really uses: ones in its masks, numbers in its list items, its given lengths.
+    """Return how much of the inputs each row uses: ones in its masks, numbers in its list items, its given lengths.
 
     Rows of different weight may be ragged: alone, such a row can have fewer tokens than in its batch.
     """
@@ -167,8 +167,10 @@ def signature(arguments: dict[str, Any], total: int, token: Token) -> Hashable:
 
 
 def join(calls: Sequence[dict[str, Any]], totals: Sequence[int]) -> dict[str, Any]:
-    """Return one call of all the rows of calls of equal `signature`; what they share is that of the first. `select` undoes it
-    for inputs, `split` for outputs."""
+    """Return one call of all the rows of calls of equal `signature`; what they share is that of the first.
+
+    `select` undoes it for inputs, `split` for outputs.
+    """
     listed = _takes_lists(calls[0])
     return {n: _join([c[n] for c in calls], totals, listed, ROW_DIMENSIONS.get(n, 0)) for n in calls[0]}
 

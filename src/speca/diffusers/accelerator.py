@@ -206,7 +206,7 @@ class Accelerator:
             checked = self._checked(run)
             if checked is None:
                 return self._forecast(caller, run, branch, step, call, arguments[noisy])
-            return self._verify(caller, run, checked, branch, step, placed.position.noise, call, time)
+            return self._verify(caller, run, checked, branch, step, placed.position.noise, call=call, time=time)
         finally:
             run.counted(rows)
 
@@ -223,7 +223,7 @@ class Accelerator:
             return executor.run(Evaluation(part, count, step, run.total, model))
 
         def partial() -> bool:
-            return self.partial.work(call, branch.rows, lambda some: executor.plain(some))
+            return self.partial.work(call, branch.rows, executor.plain)
 
         out = run.play(branch, step, evaluate, sample, partial)
         if branch.plain:
@@ -239,7 +239,7 @@ class Accelerator:
         return VerifiedConfig(**{**UNPLANNED.to_dict(), "threshold": run.config.threshold})
 
     def _verify(
-        self, caller: Caller, run: Run, config: VerifiedConfig, branch: Branch, step: int, noise: float,
+        self, caller: Caller, run: Run, config: VerifiedConfig, branch: Branch, step: int, noise: float, *,
         call: Invocation, time: str | None,
     ) -> Any:  # fmt: skip
         """Verified drafts; the model runs plainly where its blocks do not allow them."""

@@ -121,7 +121,7 @@ class Caller:
         return self.run.branches if self.run is not None else {}
 
     def end(self) -> None:
-        """End the run, also after an exception: everything that was kept is dropped, the records stay for the report."""
+        """End the run, also after an exception: what was kept is dropped, the records stay for the report."""
         self.clock.reset()
         self.running = False
         if self.run is not None:

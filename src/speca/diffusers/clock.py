@@ -222,8 +222,8 @@ class Clock:
             index = self._last.index + 1
             if index >= self._steps:  # time goes on, so this is no new run
                 self.problem = (
-                    f"it was called at more times than num_inference_steps={self._steps} says; give the number of calls "
-                    "of one run, or wrap the model with speca.Denoiser(model, sampler=..., sigmas=...)"
+                    f"it was called at more times than num_inference_steps={self._steps} says; give the number of "
+                    "calls of one run, or wrap the model with speca.Denoiser(model, sampler=..., sigmas=...)"
                 )
                 return None
         return Position(index, self._steps, time)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import rows as rowwise
+from ..denoiser.outputs import tensors
 from ..denoiser.partial import close
 from .activations import Peak
 from .packing import Tokens
@@ -122,7 +123,7 @@ class Components:
             except Exception:  # of a component that cannot take them together: then it need not
                 return alone
             self._together[bucket] = all(
-                close(rowwise.tensors(one), rowwise.tensors(other)) for one, other in zip(joined, alone, strict=True)
+                close(tensors(one), tensors(other)) for one, other in zip(joined, alone, strict=True)
             )
         return alone
 

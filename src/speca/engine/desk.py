@@ -64,7 +64,7 @@ class Desk(Executor):
         return found
 
     def first(self, run: Callable[[], Any], rows: int) -> Any:
-        """Return what the first call of its kind gives; what it takes while it runs is measured if memory is limited."""
+        """Return what the first call of its kind gives; its memory is measured where memory is limited."""
         if self._scheduler.memory is None:
             return run()
         with Peak() as peak:

@@ -315,7 +315,7 @@ class Hub:
             found = self._within(ambient, lambda: self.components.run(questions))
             self.scheduler.component = self.components.most
             return list(found)
-        return self._within(ambient, lambda: self._evaluate(questions))
+        return list(self._within(ambient, lambda: self._evaluate(questions)))
 
     def _evaluate(self, asked: Sequence[Evaluation]) -> list[Any]:
         """What each evaluation of a batch gives; the memory of the first one of a kind is measured if it is limited."""

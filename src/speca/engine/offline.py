@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .engine import Engine, Result
+from .engine import Engine
+from .request import Result
 
 MANIFEST = "manifest.jsonl"
 Labels = Callable[[Sequence[str]], Sequence[int]]

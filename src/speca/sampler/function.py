@@ -8,7 +8,7 @@ second order evaluate the model twice a step.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -111,7 +111,7 @@ class _DryRun:
         noise = tuple((n - p) / n for p, n in zip(signals, sizes, strict=True))
         return Response(steps, noise, tuple(times))
 
-    def _run(self, probe: Probe, x: Tensor, outputs: Sequence[Tensor] | None) -> tuple[list[float], list[Tensor]]:
+    def _run(self, probe: Probe, x: Tensor, outputs: Tensor | None) -> tuple[list[float], list[Tensor]]:
         """The sigma of each call, and the samples: what was handed over at each call, and the result."""
         times: list[float] = []
         samples: list[Tensor] = []

@@ -139,7 +139,7 @@ def fresh(scheduler: Any) -> Any:
     Functions that a user has put in the place of its methods (loggers, guidance tools) are left out: they may hold the
     real scheduler, which must not be stepped. Schedulers of flows keep their sigmas on the pipeline's device.
     """
-    cls = type(scheduler)
+    cls: Any = type(scheduler)
     made = cls.__new__(cls)
     for name, value in vars(scheduler).items():
         if callable(value) and not isinstance(value, nn.Module) and hasattr(cls, name):
