@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from speca.core.corrector import Transition, polynomial
+from speca.core.correction import polynomial
 from speca.core.generic import generic
 from speca.core.placement import place
 from speca.core.prior import Prior
-from speca.model.sampler import noise_axis, transitions
+from speca.core.transition import Transition
+from speca.sampler.scheduler import scheduler_response
 
 STEPS = 40
 SAMPLERS: dict[str, Any] = {
@@ -31,19 +32,19 @@ SAMPLERS: dict[str, Any] = {
 def run(request: pytest.FixtureRequest) -> tuple[str, tuple[float, ...], tuple[Transition, ...]]:
     scheduler = SAMPLERS[request.param]()
     scheduler.set_timesteps(STEPS)
-    found, reason = transitions(scheduler)
-    assert found, reason
-    return request.param, noise_axis(scheduler), found
+    found = scheduler_response(scheduler)
+    assert found.transitions, found.reason
+    return request.param, found.noise, found.transitions
 
 
 def outputs(kind: str, steps: tuple[Transition, ...], variance: float) -> np.ndarray:
-    """What a perfect model of Gaussian data says along a trajectory, per unit of its start."""
+    """What a perfect model of Gaussian data returns along a trajectory, per unit of its start."""
     p = np.array([t.signal for t in steps])
     q = np.array([t.size for t in steps]) - p
     s = np.sqrt(p**2 * variance + q**2)
     data, noise = p * variance / s, q / s
-    said = {"flow": noise - data, "ddim of velocities": p * noise - q * data, "ddim of data": data}
-    return said.get(kind, noise)
+    returned = {"flow": noise - data, "ddim of velocities": p * noise - q * data, "ddim of data": data}
+    return returned.get(kind, noise)
 
 
 def test_it_forecasts_gaussian_data_better_than_polynomials(
@@ -78,9 +79,9 @@ def test_it_is_a_prior_of_every_step(run: tuple[str, tuple[float, ...], tuple[Tr
 def test_a_step_that_keeps_the_sample_does_not_spoil_it() -> None:
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(STEPS)
-    steps, _ = transitions(scheduler)
-    assert steps[-1].still, "the last step of this schedule leads nowhere"
-    prior = generic(noise_axis(scheduler), steps)
+    found = scheduler_response(scheduler)
+    assert found.transitions[-1].inert, "the last step of this schedule leads nowhere"
+    prior = generic(found.noise, found.transitions)
     assert prior is not None
     scale = np.diag(prior.moments)
     assert scale.max() < 3 * scale.min()

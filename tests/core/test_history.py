@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from speca.core.history import History, table
+from speca.core.history import History, on_device
 
 
 def feature(row: int, step: int) -> torch.Tensor:
@@ -91,13 +91,15 @@ def test_numbers_go_to_a_device_without_waiting_where_that_is_safe(
     """From pinned memory, which is kept until the copy is done; elsewhere as plainly as ever."""
     asked, place = Mock(), torch.device(kind)
     monkeypatch.setattr(torch, "as_tensor", lambda values, dtype: asked)
-    table([1, 2], place)
+    on_device([1, 2], place)
     assert asked.pin_memory.called == ahead
     sent = asked.pin_memory.return_value if ahead else asked
     sent.to.assert_called_once_with(place, non_blocking=ahead)
 
 
-def test_a_table_holds_what_was_given() -> None:
-    found = table([[1, 2], [3, 4]], torch.device("cpu"), torch.float32)
+def test_numbers_on_a_device_are_those_that_were_given() -> None:
+    found = on_device([[1, 2], [3, 4]], torch.device("cpu"), torch.float32)
     assert found.dtype == torch.float32 and found.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert table(torch.tensor([0.5], dtype=torch.float64), torch.device("cpu"), torch.float32).dtype == torch.float32
+    assert (
+        on_device(torch.tensor([0.5], dtype=torch.float64), torch.device("cpu"), torch.float32).dtype == torch.float32
+    )

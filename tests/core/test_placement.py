@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 
-from speca.core.corrector import Corrector, Transition, advance, quadrature
-from speca.core.history import History
+from speca.config import SpecaConfig
+from speca.core.controller import Planner
+from speca.core.correction import Corrector, quadrature
 from speca.core.placement import LEAST, cheapest, expected, place, shortlist, with_placements
 from speca.core.prior import DEPTH, Prior
+from speca.core.transition import Transition, advance
+from speca.denoiser.branch import Branch
+from speca.denoiser.costs import Costs
+from speca.denoiser.executor import Executor
+from speca.denoiser.player import Call, Player
 
 STEPS, SAMPLES, SIZE = 12, 6, 40
 
@@ -57,39 +63,57 @@ def prior(outputs: torch.Tensor) -> Prior:
 
 
 def play(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition], full: set[int]) -> float:
-    """The schedule with tensors, by the parts that the speculator uses; the error as `expected` adds it up."""
+    """The schedule with tensors, by the parts that the player uses; the error as `expected` adds it up."""
     rows = list(range(SAMPLES))
-    history, corrector = History(DEPTH, SAMPLES), Corrector(DEPTH, SAMPLES, float("inf"))
+    corrector = Corrector(DEPTH, SAMPLES, len(transitions[0].keep), math.inf)
     off = [torch.zeros(SAMPLES, SIZE, dtype=torch.float64)] * len(transitions[0].keep)
     anchors, met = list[int](), 0.0
     for step, t in enumerate(transitions):
         if step in full:
-            told, moves = outputs[:, step] + t.pull * off[0], [torch.zeros(SAMPLES, SIZE)] * len(off)
+            told, moves = outputs[:, step] + t.jacobian * off[0], [torch.zeros(SAMPLES, SIZE)] * len(off)
             if corrector.drafts[0]:
                 met += float((off[0] / t.size).square().mean())
                 omega = quadrature([step, *anchors], corrector.drafts[0], prior.rule)
-                moves, _ = corrector.move(rows, told, [omega] * SAMPLES, t)
+                moves, _ = corrector.correction(rows, told, [omega] * SAMPLES, t)
             off = [o + m for o, m in zip(off, moves, strict=True)]
-            used = told + t.pull * moves[0]
-            history.push(rows, [told])
-            corrector.anchor(rows, told, t.pull * moves[0].float())
+            used = told + t.jacobian * moves[0]
+            corrector.add_full(rows, told, t.jacobian * moves[0].float())
             anchors = [step, *anchors][:DEPTH]
         else:
             weights = torch.tensor(prior.rule(anchors, [step]) * SAMPLES, dtype=torch.float64)
-            used = history.forecast(rows, weights)[0] + corrector.pulled(rows, weights)
-            corrector.draft(rows, used, step, t)
+            used = corrector.forecast(rows, weights)
+            corrector.add_draft(rows, used, step, t)
         off = advance(off, t, used - outputs[:, step])
     return math.sqrt(float(off[0].square().mean()) + met / len(full))
 
 
+def play_whole(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition], full: set[int]) -> float:
+    """The schedule by the player itself: the sampler is stepped with what is handed over, corrections included."""
+    player = Player(Planner(SpecaConfig(speedup=2.0, tolerance=0.0)), transitions, STEPS, prior, Executor(), Costs())
+    branch = Branch.begin(SAMPLES)
+    for record in branch.records:
+        record.placement = frozenset(full)
+    off = [torch.zeros(SAMPLES, SIZE, dtype=torch.float64)] * len(transitions[0].keep)
+    met = 0.0
+    for step, t in enumerate(transitions):
+        model = outputs[:, step] + t.jacobian * off[0]
+        if step in full and branch.records[0].streak:
+            met += float((off[0] / t.size).square().mean())
+        used = player.play(Call(branch, step, lambda rows, model=model: model))
+        off = advance(off, t, used - outputs[:, step])
+    assert [step for step, d in enumerate(branch.records[0].decisions) if d == "F"] == sorted(full)
+    return math.sqrt(float(off[0].square().mean()) + met / len(full))
+
+
+@pytest.mark.parametrize("by", [play, play_whole])
 @pytest.mark.parametrize("transitions", [flow(), noisy(), remembering()], ids=["flow", "noisy", "remembering"])
 def test_the_expected_error_is_that_of_the_run(
-    outputs: torch.Tensor, prior: Prior, transitions: tuple[Transition, ...]
+    outputs: torch.Tensor, prior: Prior, transitions: tuple[Transition, ...], by: Callable[..., float]
 ) -> None:
     chance = random.Random(0)
     for _ in range(12):
         full = {0, *chance.sample(range(1, STEPS), chance.randint(2, 7))}
-        assert expected(prior, transitions, full) == pytest.approx(play(outputs, prior, transitions, full), rel=2e-3)
+        assert expected(prior, transitions, full) == pytest.approx(by(outputs, prior, transitions, full), rel=2e-3)
 
 
 def test_few_schedules_are_better_than_the_placed_one(prior: Prior) -> None:
@@ -100,7 +124,7 @@ def test_few_schedules_are_better_than_the_placed_one(prior: Prior) -> None:
     assert sum(error < found.error for error in every) <= len(every) // 50
 
 
-def test_no_move_betters_what_is_on_the_shortlist(prior: Prior) -> None:
+def test_no_move_lowers_the_error_of_what_is_on_the_shortlist(prior: Prior) -> None:
     found = shortlist(prior, flow(), 6)
     assert found[0] == place(prior, flow(), 6) and len({p.steps for p in found}) == len(found) > 1
     assert [p.error for p in found] == sorted(p.error for p in found)
@@ -138,7 +162,7 @@ def test_what_was_placed_beforehand_is_taken(prior: Prior) -> None:
     known = with_placements(prior, flow())
     assert sorted(known.placed) == list(range(LEAST, STEPS // 2 + 1))
     assert place(known, flow(), 5) == place(prior, flow(), 5)
-    told = Prior(prior.noise, prior.moments, {5: (0, 1, 2, 3, 4)})
-    assert place(told, flow(), 5).steps == (0, 1, 2, 3, 4)
-    assert place(told, flow(), 5).error == pytest.approx(expected(prior, flow(), {0, 1, 2, 3, 4}))
-    assert told.at(prior.noise[::2]).placed == {}, "of another number of steps"
+    given = Prior(prior.noise, prior.moments, {5: (0, 1, 2, 3, 4)})
+    assert place(given, flow(), 5).steps == (0, 1, 2, 3, 4)
+    assert place(given, flow(), 5).error == pytest.approx(expected(prior, flow(), {0, 1, 2, 3, 4}))
+    assert given.at(prior.noise[::2]).placed == {}, "of another number of steps"

@@ -33,7 +33,7 @@ def test_straight_lines_give_the_weights_of_a_line() -> None:
     np.testing.assert_allclose(ours, line.numpy(), atol=0.02)
 
 
-def test_a_wave_is_foretold_where_a_line_is_far_off() -> None:
+def test_a_wave_is_forecast_where_a_line_is_far_off() -> None:
     seen, target = [6, 2], 11
     z = np.random.default_rng(0).normal(size=(2, 500))
     v = np.stack([np.cos(T / 3), np.sin(T / 3)]).T @ z

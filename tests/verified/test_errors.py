@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import speca
-from speca.core.verify import ERRORS, error_function
+from speca.verified.errors import ERRORS, error_function
 
 A = torch.tensor([[[3.0, 0.0], [0.0, 4.0]], [[1.0, 1.0], [1.0, 1.0]]])
 B = torch.tensor([[[3.0, 0.0], [0.0, 2.0]], [[-1.0, -1.0], [-1.0, -1.0]]])

@@ -1,0 +1,140 @@
+"""Corrections against direct integration, and what they leave alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from speca.core import correction as module
+from speca.core.correction import Corrector, Draft, quadrature
+from speca.core.transition import Transition, advance
+
+
+def test_quadrature_integrates_what_its_nodes_can_interpolate() -> None:
+    """Degree 2 through 3 nodes, on an uneven grid and with a sampler that also shrinks and grows the sample."""
+    drafts = [Draft(j, Transition((1.1 - 0.05 * j,), (0.1 * j - 1,))) for j in (3.0, 4.0, 5.5)]
+    value = lambda t: 2 - 3 * t + 0.5 * t**2  # noqa: E731
+    nodes = [7.0, 2.0, 0.5]
+    expected = 0.0
+    for position, ((keep,), (effect,), *_) in drafts:
+        expected = keep * expected + effect * value(position)
+    (omega,) = quadrature(nodes, drafts)
+    assert sum(o * value(n) for o, n in zip(omega, nodes, strict=True)) == pytest.approx(expected)
+
+
+def _drafted(jacobian: float = 0.0) -> tuple[Corrector, Transition, torch.Tensor, list[tuple[tuple[float, ...], ...]]]:
+    """Two rows, the second with twice the numbers of the first, after two full steps and three drafts."""
+    step = Transition((0.9,), (-0.5,), jacobian, size=2.0)
+    kept, scale = Corrector(2, 2, memory=1), torch.tensor([[1.0], [2.0]])
+    for value in (0.3, 0.5):
+        kept.add_full([0, 1], scale * value)
+    for j, value in enumerate((0.6, 0.7, 0.8)):
+        kept.add_draft([0, 1], scale * value, 2.0 + j, step)
+    omega = quadrature([5.0, 1.0, 0.0], kept.drafts[0])
+    return kept, step, scale * 0.9, [omega, omega]
+
+
+def test_correction_is_what_the_interpolated_outputs_would_have_done() -> None:
+    kept, step, out, omega = _drafted()
+    (correction,), size = kept.correction([0, 1], out, omega, step)
+    drift = 0.0
+    for value in (0.6, 0.7, 0.8):
+        drift = 0.9 * drift - 0.5 * value
+    (o,) = omega[0]
+    gap = o[0] * 0.9 + o[1] * 0.5 + o[2] * 0.3 - drift
+    assert size.tolist() == pytest.approx([abs(gap) / 2, abs(gap)], rel=1e-5)
+    trust = [1 / (1 + (s / module.TRUST) ** 2) for s in size.tolist()]
+    assert correction.flatten().tolist() == pytest.approx([gap * trust[0], 2 * gap * trust[1]], rel=1e-5)
+
+
+def test_correction_is_whole_where_trust_is_infinite() -> None:
+    kept, step, out, omega = _drafted()
+    (shortened,), size = kept.correction([0, 1], out, omega, step)
+    kept.trust = math.inf
+    (whole,), same = kept.correction([0, 1], out, omega, step)
+    assert torch.equal(same, size), "the estimated error is that of the whole correction"
+    torch.testing.assert_close(shortened, whole / (1 + (size / module.TRUST) ** 2).unsqueeze(1))
+
+
+def test_correction_solves_the_implicit_equation() -> None:
+    """The full step is worth `out + jacobian * d` at the place that the sample is corrected to."""
+    kept, step, out, omega = _drafted(jacobian=0.8)
+    (correction,), size = kept.correction([0, 1], out, omega, step)
+    d = correction * (1 + (size / module.TRUST) ** 2).unsqueeze(1)  # undo the shortening
+    (explicit,), _ = _drafted()[0].correction([0, 1], out + 0.8 * d, omega, Transition((0.9,), (-0.5,), 0.0, size=2.0))
+    by_hand = explicit * (1 + (d / 2 / module.TRUST) ** 2)
+    torch.testing.assert_close(d, by_hand, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_independent_and_memory_is_counted() -> None:
+    kept, step, out, omega = _drafted()
+    (both,), _ = kept.correction([0, 1], out, omega, step)
+    (alone,), _ = kept.correction([1], out[1:], omega[:1], step)
+    torch.testing.assert_close(alone, both[1:])
+    assert kept.bytes() == 2 * (2 + 1) * 4  # rows x (kept outputs + drift) x fp32
+    kept.add_full([1], out[1:])
+    assert [len(d) for d in kept.drafts] == [3, 0]
+
+
+def test_memory_has_its_place_from_the_first_full_step_on() -> None:
+    """So a run that drafts nothing tells what one that drafts will hold; without memory there is nothing to hold."""
+    for memory, buffers in ((0, 0), (1, 1), (3, 3)):
+        kept = Corrector(2, 2, memory=memory)
+        assert kept.bytes() == 0
+        kept.add_full([0, 1], torch.zeros(2, 5))
+        assert kept.bytes() == (2 + buffers) * 2 * 5 * 4
+
+
+def test_forecasts_are_made_of_outputs_as_they_are_at_the_corrected_sample() -> None:
+    kept = Corrector(2, 1, memory=1)
+    kept.add_full([0], torch.ones(1, 3), torch.full((1, 3), 0.5))
+    kept.add_full([0], torch.ones(1, 3), torch.full((1, 3), 0.25))
+    weights = torch.tensor([[3.0, -2.0]], dtype=torch.float64)
+    torch.testing.assert_close(kept.forecast([0], weights), torch.full((1, 3), 3 * 1.25 - 2 * 1.5))
+
+
+TWO_STEP = Transition((-0.3, 1.2), (0.5, 0.4))
+"""Of a sampler that remembers one output: the next sample but one follows from this one and the next."""
+
+
+def test_a_change_runs_on_as_the_sampler_does() -> None:
+    """Two-step Adams-Bashforth: `x' = x + 1.5 h v - 0.5 h v_before`, so an output counts 1.5 h, then h for ever."""
+    h = 0.1
+    step = Transition((0.0, 1.0), (1.5 * h, h))
+    change = advance(advance([0.0, 0.0], step, 2.0), step, 1.0)
+    assert change == pytest.approx([2 * h + 1.5 * h, 2 * h + h])
+    assert advance(advance(change, step), step) == pytest.approx([3 * h, 3 * h])
+    assert advance([2.0], Transition((0.5,), (3.0,)), 1.0) == [4.0]
+
+
+def test_pending_corrections_are_taken_at_once_and_the_rest_bit_by_bit() -> None:
+    """After each step the sample lacks nothing, and what is added fades though nothing else is pending."""
+    kept, rows = Corrector(2, 2, memory=2), [0, 1]
+    kept.add_full(rows, torch.zeros(2, 3))
+    kept.add_draft(rows, torch.zeros(2, 3), 0.0, TWO_STEP)
+    assert kept.take(rows, TWO_STEP) is None, "nothing is pending"
+    corrections = [torch.full((1, 3), 1.0), torch.full((1, 3), 0.7)]
+    kept.add_pending([1], corrections)
+    lacking, added = [c[0, 0].item() for c in corrections], []
+    for _ in range(9):
+        taken = kept.take(rows, TWO_STEP)
+        assert taken is not None and not taken[0].any(), "nothing is pending for the other row"
+        added.append(taken[1, 0].item())
+        lacking = advance(lacking, TWO_STEP, -added[-1])
+        assert lacking[0] == pytest.approx(0, abs=1e-6)
+    assert abs(added[-1]) < 0.01 * abs(added[0]) and added[1] * added[0] != 0
+    assert kept.bytes() == (2 + 2 + 2) * 2 * 3 * 4  # (kept outputs + (drift + pending) x two samples) x rows x fp32
+
+
+def test_an_inert_step_leaves_corrections_pending() -> None:
+    kept, inert = Corrector(2, 1, memory=2), Transition((-0.3, 1.2), (1e-9, 0.4))
+    kept.add_full([0], torch.zeros(1, 3))
+    kept.add_draft([0], torch.zeros(1, 3), 0.0, TWO_STEP)
+    kept.add_pending([0], [torch.ones(1, 3), torch.ones(1, 3)])
+    taken = kept.take([0], inert)
+    assert taken is not None and not taken.any() and inert.inert
+    later = kept.take([0], TWO_STEP)
+    expected = advance(advance([1.0, 1.0], inert), TWO_STEP)[0] / TWO_STEP.effect[0]
+    assert later is not None and later[0, 0].item() == pytest.approx(expected)
