@@ -63,8 +63,9 @@ def test_a_list_of_outputs_is_corrected_as_one_tensor_is(settings: dict[str, Any
     (wanted, said), (given, told) = looped(plain, settings), looped(listed, settings)
     assert torch.equal(wanted, given)
     assert told.samples == said.samples and told.notes == said.notes
-    uncorrected, _ = looped(listed, {**settings, "corrector": False})
-    assert torch.equal(uncorrected, given) == (settings.get("preset") == "paper")
+    if settings.get("preset") != "paper":
+        uncorrected, _ = looped(listed, {**settings, "corrector": False})
+        assert not torch.equal(uncorrected, given)
 
 
 @SETTINGS

@@ -12,7 +12,7 @@ from diffusers.modular_pipelines import FluxAutoBlocks
 import speca
 import tiny
 from pipelines.cases import FLUX_TEXT, RECIPES
-from speca.pipeline import transformers_of
+from speca.diffusers.components import denoisers_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
 SEEDS = [3, 8]
@@ -61,7 +61,7 @@ def test_drafts_at_a_loose_threshold_and_repeats(named: str) -> None:
     assert torch.equal(case(SEEDS), first), "something was left behind by the first run"
     report = speca.report(case.pipe)
     steps = BEGINS_LATER.get(named, tiny.STEPS)
-    if len(transformers_of(case.pipe)) == 1:
+    if len(denoisers_of(case.pipe)) == 1:
         assert decisions(case) == [expected(steps)] * len(SEEDS)
     assert report.steps == steps and report.notes == ()
     assert report.flops_speedup > 1
@@ -131,7 +131,7 @@ def test_a_modular_pipeline() -> None:
     assert [s.decisions for s in speca.report(pipe).samples] == [expected(tiny.STEPS)] * len(SEEDS)
 
 
-def test_both_transformers_of_wan_are_in_one_report() -> None:
+def test_both_denoisers_of_wan_are_in_one_report() -> None:
     case = RECIPES["wan-2.2"].build()
     speca.enable(case.pipe, **LOOSE)
     case(SEEDS)

@@ -12,10 +12,10 @@ import speca
 import tiny
 from pipelines.cases import RECIPES
 from speca import zoo
-from speca.core.controller import PlannedController, Trajectory
-from speca.model import sampler
-from speca.recording import record
-from speca.run import ATTRIBUTE
+from speca.core.controller import Planner, Record
+from speca.sampler import scheduler as sampler
+from speca.calibration.recording import record
+from speca.diffusers.accelerator import ATTRIBUTE
 
 SEEDS = [3, 8, 5]
 
@@ -63,8 +63,8 @@ def test_budget_holds_for_every_sample(case: tiny.Case) -> None:
 
 
 def test_a_correction_is_what_changes_the_picture(case: tiny.Case) -> None:
-    """With the same steps in full, the corrector alone makes the difference, and it is kept in memory."""
-    fixed = dict(controller="schedule", schedule=(0, 1, 4, 8), warmup=2, final=0, prior="none")
+    """With the same steps in full, the corrector alone makes the difference; it needs no memory of its own."""
+    fixed = dict(schedule=(0, 1, 4, 8), prior="none")
     speca.enable(case.pipe, **fixed, corrector=False)
     without = case(SEEDS)
     held = speca.report(case.pipe).bytes_per_sample
@@ -72,15 +72,12 @@ def test_a_correction_is_what_changes_the_picture(case: tiny.Case) -> None:
     corrected = case(SEEDS)
     assert decisions(case) == ["FFAAFAAAFAAAAA"] * len(SEEDS)
     assert not torch.equal(corrected, without) and corrected.isfinite().all()
-    assert speca.report(case.pipe).bytes_per_sample > held
+    assert speca.report(case.pipe).bytes_per_sample == held
 
 
 def test_a_velocity_that_is_quadratic_in_time_is_integrated_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts of order 1 are wrong on it, and each full step puts right what the drafts before it did.
-
-    The verify block's output is what a draft forecasts; with a head that only reads it, the velocity is the feature.
-    """
-    monkeypatch.setattr("speca.core.corrector.TRUST", 1e6)
+    """Drafts of order 1 are wrong on it, and each full step corrects what the drafts before it did."""
+    monkeypatch.setattr("speca.denoiser.player.TRUST", 1e6)
     steps = 12
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(steps)
@@ -110,11 +107,11 @@ def test_a_velocity_that_is_quadratic_in_time_is_integrated_exactly(monkeypatch:
     model = Model().eval()
     plain = loop(model)
     settings = dict(
-        scheduler=scheduler, controller="schedule", schedule=(0, 1, 4, 8, 11), warmup=2, final=0, prior="none"
+        scheduler=scheduler, schedule=(0, 1, 4, 8, 11), prior="none"
     )
     gaps = []
     for corrector in (False, True):
-        speca.enable(model, **settings, axis="noise", corrector=corrector)
+        speca.enable(model, **settings, corrector=corrector)
         gaps.append((loop(model) - plain).abs().max().item())
     assert gaps[0] > 1e-2
     assert gaps[1] < 1e-5
@@ -145,8 +142,10 @@ def test_a_bare_model_without_scheduler_is_verified_instead() -> None:
 
 def test_the_sampler_is_tried_once_a_run(case: tiny.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    original = sampler.transitions
-    monkeypatch.setattr("speca.course.transitions", lambda s: (tried.append(s), original(s))[1])
+    original = sampler.scheduler_response
+    monkeypatch.setattr(
+        "speca.diffusers.caller.scheduler_response", lambda s, begin: (tried.append(s), original(s, begin))[1]
+    )
     speca.enable(case.pipe, tolerance=1.0)
     case(SEEDS)
     case(SEEDS, steps=10)
@@ -155,14 +154,14 @@ def test_the_sampler_is_tried_once_a_run(case: tiny.Case, monkeypatch: pytest.Mo
 
 def test_settings_that_do_not_fit_are_refused() -> None:
     pipe = tiny.dit().pipe
-    with pytest.raises(speca.ConfigError, match="budget of controller 'planned'"):
+    with pytest.raises(speca.ConfigError, match="speedup is a setting of SpecaConfig"):
         speca.enable(pipe, "paper", speedup=4)
-    with pytest.raises(speca.ConfigError, match="belongs to controller 'planned'"):
+    with pytest.raises(speca.ConfigError, match="tolerance is a setting of SpecaConfig"):
         speca.enable(pipe, "paper", tolerance=0.1)
     with pytest.raises(speca.ConfigError, match="slow-down"):
         speca.enable(pipe, speedup=0.5)
     with pytest.raises(speca.ConfigError, match="whole numbers"):
-        speca.enable(pipe, controller="schedule", schedule=(0, -1))
+        speca.enable(pipe, schedule=(0, -1))
 
 
 def test_the_noise_that_a_pipeline_tells_its_sampler_to_add_is_heeded() -> None:
@@ -172,9 +171,8 @@ def test_the_noise_that_a_pipeline_tells_its_sampler_to_add_is_heeded() -> None:
     found = {}
     for eta in (0.0, 0.7):
         case([3], steps=12, eta=eta)
-        course = case.transformer.__dict__[ATTRIBUTE].last
-        found[eta] = course.transitions(12)[0]
-        assert found[eta] == sampler.transitions(case.pipe.scheduler, eta=eta)[0]
+        found[eta] = case.transformer.__dict__[ATTRIBUTE].last.run.response.transitions
+        assert found[eta] == sampler.scheduler_response(case.pipe.scheduler, eta=eta).transitions
     assert found[0.0] != found[0.7]
     speca.disable(case.pipe)
     call = {**case.arguments, **case.conditions([1, 2]), "num_inference_steps": 12, "eta": 0.7}
@@ -183,15 +181,15 @@ def test_the_noise_that_a_pipeline_tells_its_sampler_to_add_is_heeded() -> None:
 
 
 def observed(case: tiny.Case, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[tuple[int, int, float]]:
-    """What the controller is told of the one sample: step, drafts, estimate."""
+    """What the planner observes of the one sample: step, drafts, error."""
     told: list[tuple[int, int, float]] = []
-    plain = PlannedController.observe
+    plain = Planner.observe
 
-    def observe(self: PlannedController, trajectory: Trajectory, estimate: float, drafts: int) -> None:
+    def observe(self: Planner, trajectory: Record, estimate: float, drafts: int) -> None:
         told.append((trajectory.step, drafts, estimate))
         plain(self, trajectory, estimate, drafts)
 
-    monkeypatch.setattr(PlannedController, "observe", observe)
+    monkeypatch.setattr(Planner, "observe", observe)
     speca.enable(case.pipe, **settings)
     case([3], steps=20)
     return told

@@ -13,9 +13,9 @@ import torch
 import speca
 import tiny
 from pipelines.cases import RECIPES
-from speca.calibration import BESIDE
+from speca.denoiser.calibration import BESIDE
 from speca.core.prior import Prior
-from speca.recording import record
+from speca.calibration.recording import record
 from speca.zoo import load
 
 STEPS = 16
@@ -109,18 +109,6 @@ def test_other_steps_are_placed_by_the_same_prior() -> None:
     assert decisions(case)[0].count("F") == 8
 
 
-def test_features_can_be_forecast_by_a_prior_too() -> None:
-    case = tiny.flux()
-    prior = recorded(case).prior
-    found = {}
-    for drafts in ("output", "features"):
-        speca.enable(case.pipe, speedup=4, calibration=prior, drafts=drafts)
-        found[drafts] = case([3], steps=STEPS), decisions(case), speca.report(case.pipe).bytes_per_sample
-    assert found["output"][1] == found["features"][1]
-    assert not torch.equal(found["output"][0], found["features"][0])
-    assert found["output"][2] < found["features"][2]
-
-
 def test_the_prior_stays_out_where_it_does_not_hold() -> None:
     case = tiny.flux()
     prior = recorded(case).prior
@@ -184,9 +172,10 @@ def test_an_accelerated_pipeline_is_recorded_in_full() -> None:
     assert (recorded(case).prior.moments == plain).all()
 
 
-def test_outputs_that_cannot_be_checked_are_refused() -> None:
-    with pytest.raises(speca.ConfigError, match="cannot be checked"):
-        speca.enable(tiny.flux().pipe, "paper", drafts="output")
+def test_the_old_way_to_ask_for_outputs_is_refused_with_the_new_one() -> None:
+    for preset in ("paper", "balanced"):
+        with pytest.raises(speca.ConfigError, match="SpecaConfig forecasts outputs"):
+            speca.enable(tiny.flux().pipe, preset, drafts="output")
 
 
 def test_a_model_brings_its_calibration(tmp_path: Path) -> None:
@@ -222,7 +211,7 @@ def test_a_budget_of_an_unmeasured_model_can_be_placed_by_the_generic_prior() ->
         found[prior] = image, decisions(case), speca.report(case.pipe).bytes_per_sample
         assert decisions(case)[0].count("F") == STEPS // 4
     assert found["generic"][1][0] == found["generic"][1][1] != found["none"][1][0]
-    assert found["generic"][2] < found["none"][2], "outputs are smaller than features"
+    assert found["generic"][2] > found["none"][2], "a prior keeps three outputs, polynomials two"
     assert torch.equal(found["measured"][0], found["none"][0]), "nothing was measured"
     speca.enable(case.pipe, tolerance=0.02, prior="generic")
     case([3, 8], steps=STEPS)
@@ -243,9 +232,19 @@ def test_by_default_the_generic_prior_places_a_few_full_steps(steps: int, kind: 
         assert not torch.equal(case([3, 8], steps=steps), found[True])
 
 
-def test_a_run_from_an_image_goes_without_and_says_nothing() -> None:
+def test_a_run_from_an_image_spends_its_budget_on_the_steps_it_takes() -> None:
     case = RECIPES["flux-img2img"].build()
-    for settings, said in (({}, 0), (dict(prior="generic"), 1)):
-        speca.enable(case.pipe, speedup=3, **settings)
+    for prior in ("auto", "generic", "none"):
+        speca.enable(case.pipe, speedup=3, prior=prior)
         case([3, 8], steps=STEPS)
-        assert sum("prior is not used" in note for note in speca.report(case.pipe).notes) == said
+        report = speca.report(case.pipe)
+        taken = {(len(s.decisions), s.full) for s in report.samples}
+        assert len(taken) == 1 and all(full == steps // 3 for steps, full in taken) and not report.notes
+
+
+def test_a_budget_of_one_full_step_is_kept() -> None:
+    case = tiny.flux()
+    for prior in ("generic", "none"):
+        speca.enable(case.pipe, speedup=STEPS, prior=prior)
+        assert case([3], steps=STEPS).isfinite().all()
+        assert decisions(case) == ["F" + "A" * (STEPS - 1)]

@@ -11,7 +11,7 @@ import torch
 
 import speca
 import tiny
-from speca.run import ATTRIBUTE
+from speca.diffusers.accelerator import ATTRIBUTE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, inside the schedulers
 STEPS = 12
@@ -96,13 +96,14 @@ def test_every_step_is_placed(name: str, scale: float) -> None:
     assert torch.isfinite(plain).all()
     speca.enable(model, tiny.VERIFYING, scheduler=scheduler, threshold=0.0, min_draft=0)
     seen: list[tuple[int, int]] = []
-    play = model.__dict__[ATTRIBUTE].speculator.play
-    model.__dict__[ATTRIBUTE].speculator.play = lambda work: (
-        seen.append((work.position.index, work.position.total)) or play(work)
+    drafts = model.__dict__[ATTRIBUTE].drafts
+    play = drafts.play
+    drafts.play = lambda run, config, branch, step, *rest, **more: (
+        seen.append((step, run.total)) or play(run, config, branch, step, *rest, **more)
     )
     exact, _ = sample(model, scheduler, scale)
     assert torch.equal(exact, plain)
-    assert seen == [(i, len(times)) for i in range(1, len(times))]  # the first call is the self-test's
+    assert seen == [(i, len(times)) for i in range(len(times))]
     branches = model.__dict__[ATTRIBUTE].branches
     assert list(branches) == ["call"], "one call a step is one branch"
     if any(kind in name for kind in SECOND_ORDER):

@@ -15,8 +15,8 @@ import torch
 import speca
 import tiny
 from pipelines.cases import RECIPES
-from speca.pipeline import HOOK
-from speca.run import ATTRIBUTE
+from speca.diffusers.enable import HOOK
+from speca.diffusers.accelerator import ATTRIBUTE
 
 SEEDS = [3, 8]
 LOOSE = dict(preset=tiny.VERIFYING, threshold=1e9, min_draft=0, max_draft=3)
@@ -204,7 +204,7 @@ def test_remarks_on_one_run_are_not_on_the_next() -> None:
 
     with pytest.warns(UserWarning, match="3 steps leave nothing to forecast"):
         loop(3)
-    assert speca.report(model).samples == ()
+    assert [s.decisions for s in speca.report(model).samples] == ["FFF"]
     loop(10)
     loop(10)
     assert speca.report(model).notes == ()
@@ -218,7 +218,7 @@ def test_a_pipeline_that_is_dropped_takes_its_runs_along() -> None:
     for case in (one, two):
         case(SEEDS)
     run = one.transformer.__dict__[ATTRIBUTE]
-    assert len(run.courses) == 2
+    assert len(run.callers) == 2
     del two, case
     gc.collect()
-    assert len(run.courses) == 1
+    assert len(run.callers) == 1
