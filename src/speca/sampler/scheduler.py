@@ -63,7 +63,9 @@ def scheduler_response(scheduler: Any, begin: int = 0, **options: Any) -> Respon
     except Exception as problem:  # whatever copying a foreign object raises
         return Response(reason=f"{name} cannot be copied to be tried ({type(problem).__name__}: {problem})")
     try:
-        key = type(scheduler), _content(vars(trial)), begin, _content(options)
+        step = getattr(type(scheduler), "step", None)  # which may have been replaced since
+        parts = {n: v for n, v in vars(trial).items() if n not in STATE}  # some appear with the first step only
+        key = type(scheduler), step, _content(parts), begin, _content(options)
     except TypeError:  # it holds something that cannot be compared
         return _tried(_Trial(None, trial, begin, options))
     return _found(_Trial(key, trial, begin, options))
