@@ -1,4 +1,4 @@
-"""Placing calls: every scale of timesteps, branches by name and by ordinal, new trajectories."""
+"""Placing calls: every scale of timesteps, branches by name and by order, new runs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
-from speca.model.calls import MAX_BRANCHES, Branches, Call, Clock
+from speca.diffusers.branches import MAX_BRANCHES, Branches
+from speca.diffusers.clock import Clock, Placed
+from speca.diffusers.stack import index_of_loop
 
 
 def clock(scheduler: Any) -> Clock:
     return Clock(lambda: scheduler, None)
 
 
-def placed(call: Call | None) -> tuple[int, bool]:
+def placed(call: Placed | None) -> tuple[int, bool]:
     assert call is not None
     return call.position.index, call.fresh
 
@@ -76,15 +78,15 @@ def test_a_loop_over_the_timesteps_spares_reading_the_device() -> None:
     assert a_pipeline(scheduler.timesteps) == list(range(20)) and c.device_reads == 0
 
 
-def test_two_timesteps_at_hand_tell_nothing() -> None:
+def test_two_timesteps_in_variables_leave_it_open() -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(20)
     c = clock(scheduler)
     assert c.place(scheduler.timesteps[0]) is not None
     now, later = scheduler.timesteps[3], scheduler.timesteps[4]
-    assert c._of_loop() is None and not torch.equal(now, later)
+    assert index_of_loop(c._element) is None and not torch.equal(now, later)
     del later
-    assert c._of_loop() == 3
+    assert index_of_loop(c._element) == 3
 
 
 def test_branches_by_name_and_by_order() -> None:
@@ -129,7 +131,7 @@ def test_second_order_schedulers_are_placed_on_their_own_list() -> None:
     assert indices == list(range(len(scheduler.timesteps)))
 
 
-def test_new_trajectory_on_new_timesteps_or_going_back() -> None:
+def test_a_new_run_begins_with_new_timesteps_or_an_earlier_step() -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(8)
     c = clock(scheduler)
@@ -183,6 +185,26 @@ def test_a_scheduler_that_stands_still_is_not_the_one_in_use() -> None:
 def test_what_cannot_be_placed_is_not_guessed() -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(10)
-    assert clock(scheduler).place(torch.tensor(-500.0)) is None
+    c = clock(scheduler)
+    assert c.place(torch.tensor(-500.0)) is None and "not on the scheduler's time axis" in c.problem
     assert clock(scheduler).place(torch.tensor([900.0, 100.0])) is None
     assert Clock(None, None).place(torch.tensor(3.0)) is None
+
+
+def test_a_call_too_many_of_a_counted_run_is_not_placed() -> None:
+    """Time goes on, so it is no new run; going back is one."""
+    c = Clock(None, 4)
+    assert [placed(c.place(torch.tensor(t))) for t in (9.0, 7.0, 5.0, 5.0, 1.0)] == [
+        (0, True), (1, False), (2, False), (2, False), (3, False),
+    ]  # fmt: skip
+    assert c.place(torch.tensor(0.5)) is None and "num_inference_steps=4" in c.problem
+    assert placed(c.place(torch.tensor(9.0))) == (0, True)
+
+
+def test_looking_at_a_time_places_nothing() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(8)
+    c, t = clock(scheduler), scheduler.timesteps
+    assert placed(c.place(t[2])) == (2, True)
+    assert c.peek(t[3]) == 3 and c.peek(t[5].clone()) == 5 and c.peek(torch.tensor(-500.0)) is None
+    assert placed(c.place(t[3])) == (3, False)
