@@ -161,7 +161,7 @@ class Accelerator:
         """Return whether a pipeline's coming call at `time` is sure to be forecast, for all samples and branches."""
         caller = self.callers.get(pipeline)
         run = caller.run if caller is not None and caller.running else None
-        if caller is None or run is None or not isinstance(self.config, SpecaConfig) or not run.planned or run.idle:
+        if caller is None or run is None or self._checked(caller, run) is not None or run.idle:
             return False
         index = caller.clock.peek(time)
         if index is None or not run.branches or index <= caller.begin:
@@ -203,7 +203,7 @@ class Accelerator:
         branch = run.branches.get(branch_name) or run.branch(branch_name, rows, self._rows_per_sample(rows))
         caller.took_part(name)
         try:
-            checked = self._checked(run)
+            checked = self._checked(caller, run)
             if checked is None:
                 return self._forecast(caller, run, branch, step, call, arguments[noisy])
             return self._verify(caller, run, checked, branch, step, placed.position.noise, call=call, time=time)
@@ -230,10 +230,11 @@ class Accelerator:
             self._note(caller, f"{type(self.model).__name__} runs plainly from step {step} on: {branch.plain}.")
         return out
 
-    def _checked(self, run: Run) -> VerifiedConfig | None:
-        """How drafts are verified in this run; None on the main road, where they are not."""
-        if isinstance(self.config, VerifiedConfig):
-            return self.config
+    def _checked(self, caller: Caller, run: Run) -> VerifiedConfig | None:
+        """How drafts are verified in this run; None on the main road, where they are not. Requests of an engine bring
+        settings of their own."""
+        if isinstance(caller.config, VerifiedConfig):
+            return caller.config
         if run.planned and not self.curious:
             return None
         return VerifiedConfig(**{**UNPLANNED.to_dict(), "threshold": run.config.threshold})

@@ -117,7 +117,8 @@ class VerifiedDrafts:
         full, checked, unchecked = (
             f or 0.0 for f in (finding.flops_full, finding.flops_checked, finding.flops_unchecked)
         )
-        run.costs.count_flops((rows + 1) * full + rows * (2 * checked + unchecked), rows * full)
+        if full:
+            run.costs.count_flops((rows + 1) * full + rows * (2 * checked + unchecked), rows * full)
         run.costs.evaluations += rows
         run.costs.evaluations_full += rows
         run.costs.seconds += run.executor.now() - began

@@ -223,4 +223,5 @@ class VerifiedPlayer:
             (full, finding.flops_full),
         )
         flops = sum(len(rows_of(records)) * (each or 0.0) for records, each in spent)
-        self.costs.count_flops(flops, rows * (finding.flops_full or 0.0))
+        if finding.flops_full:
+            self.costs.count_flops(flops, rows * finding.flops_full)

@@ -1,0 +1,156 @@
+"""Rows of inputs, outputs and block features: who owns what, uneven rows, layouts, fitting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from speca.errors import UnsupportedModelError
+from speca.model import rows as rowwise
+
+
+def test_known_exceptions_are_selected_along_their_own_dimension() -> None:
+    arguments = dict(
+        x=torch.randn(3, 2), encoder_hidden_states_llama3=torch.randn(4, 3, 5), visual_rope_pos=[torch.arange(2)] * 3,
+        pair=(torch.randn(3, 4), torch.randn(6)), triple=(torch.ones(2), torch.ones(2), torch.ones(2)),
+    )  # fmt: skip
+    part = rowwise.select(arguments, [2], 3)
+    assert torch.equal(part["encoder_hidden_states_llama3"], arguments["encoder_hidden_states_llama3"][:, [2]])
+    assert len(part["visual_rope_pos"]) == 3 and part["visual_rope_pos"] is not arguments["visual_rope_pos"]
+    assert part["pair"][0].shape == (1, 4) and part["pair"][1].shape == (6,)
+    assert len(part["triple"]) == 3, "a tuple of tensors is a group, not one item per row"
+
+
+def test_owners_tell_coincidences_apart() -> None:
+    arguments = dict(x=torch.randn(2, 2), sizes=[(1, 2)] * 2, places=[torch.ones(5), torch.ones(6), torch.ones(7)])
+    two = rowwise.owners(arguments, 2)
+    four = rowwise.owners({**arguments, "x": torch.randn(4, 2), "sizes": [(1, 2)] * 4}, 4)
+    three = rowwise.owners({**arguments, "x": torch.randn(3, 2), "sizes": [(1, 2)] * 3}, 3)
+    assert two == four != three
+    assert rowwise.owners(arguments, 1) is None
+
+
+def test_weights_count_masks_lengths_and_list_items() -> None:
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    assert rowwise.weights(dict(x=torch.randn(2, 4), mask=mask), 2) == [3, 1]
+    assert rowwise.weights(
+        dict(x=torch.randn(2, 4), text_lens=torch.tensor([6, 4]), labels=torch.tensor([9, 1])), 2
+    ) == [6, 4]
+    assert rowwise.weights(dict(x=[torch.ones(2, 3), torch.ones(1, 3)]), 2) == [6, 3]
+
+
+def test_a_layout_is_read_off_a_row_computed_alone() -> None:
+    batch, tokens = torch.zeros(2, 2, 5), torch.zeros(6, 2, 5)
+    assert rowwise.layout(batch, 2, torch.zeros(1, 2, 5)) == "rows"
+    assert rowwise.layout(batch, 2, torch.zeros(2, 1, 5)) == "second", "as many tokens as rows"
+    assert rowwise.layout(tokens, 2, torch.zeros(3, 2, 5)) == "folded", "as many frames as rows"
+    assert rowwise.layout(tokens, 2, torch.zeros(6, 1, 5)) == "second"
+    assert rowwise.layout(tokens, 1, tokens) == "whole"
+    first = rowwise.rows_first(tokens, 1, "whole")
+    assert first.shape == (1, 6, 2, 5) and torch.equal(rowwise.as_given(first, "whole"), tokens)
+
+
+def test_fit_cuts_and_pads_at_the_end() -> None:
+    x = torch.arange(6.0).view(1, 3, 2)
+    assert torch.equal(rowwise.fit(x, (1, 2, 2)), x[:, :2])
+    longer = rowwise.fit(x, (1, 4, 2))
+    assert torch.equal(longer[:, :3], x) and not longer[:, 3:].any()
+    assert rowwise.fit(x, x.shape) is x
+
+
+def test_take_is_one_row_of_any_output() -> None:
+    y = torch.randn(3, 2)
+    assert torch.equal(rowwise.take((y, None), 1, 3)[0], y[1:2])
+    assert torch.equal(rowwise.take(dict(sample=y.repeat_interleave(2, 0)), 1, 3)[0], y[[1, 1]])
+    assert rowwise.take(([y[0], y[1], y[2]],), 2, 3)[0] is not None
+    assert [t.shape for t in rowwise.tensors(dict(a=[y, y], b=None))] == [(3, 2), (3, 2)]
+
+
+# ------------------------------------------------------------------------------------------------ calls put together
+def token(tensor: torch.Tensor) -> object:
+    return tuple(tensor.flatten().tolist())
+
+
+def a_call(rows: int, seed: int, **changes: object) -> dict[str, object]:
+    """A call with inputs of every kind."""
+    draw = torch.Generator().manual_seed(seed)
+    return dict(
+        hidden_states=torch.randn(rows, 4, 6, generator=draw), timestep=torch.full((rows,), 0.5 + seed),
+        encoder_hidden_states_llama3=torch.randn(3, rows, 5, generator=draw), img_ids=torch.arange(12.0).view(4, 3),
+        image_rotary_emb=(torch.ones(rows, 2), torch.zeros(rows, 2)), shapes=[[(1, 4, 4)]] * rows,
+        residuals=[torch.randn(rows, 2, generator=draw) for _ in range(3)], guidance=3.5, return_dict=False,
+        options={"adapter": torch.randn(rows, 2, generator=draw), "scale": 1.0}, nothing=None,
+    ) | changes  # fmt: skip
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(v, other[k]) for k, v in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+def test_select_takes_calls_apart_as_they_were_before_join() -> None:
+    counts = [1, 2, 4]
+    calls = [a_call(n, seed) for seed, n in enumerate(counts)]
+    joined = rowwise.join(calls, counts)
+    assert rowwise.batch_size(joined["hidden_states"]) == 7
+    starts = [0, 1, 3]
+    for call, start, count in zip(calls, starts, counts, strict=True):
+        part = rowwise.select(joined, range(start, start + count), 7)
+        part["image_rotary_emb"] = call["image_rotary_emb"]  # shared, whatever its length
+        assert same(part, call)
+
+
+def test_a_signature_is_equal_for_what_can_be_joined_and_for_nothing_else() -> None:
+    plain = rowwise.signature(a_call(1, 0), 1, token)
+    assert plain == rowwise.signature(a_call(1, 5), 1, token)
+    others = [
+        dict(img_ids=torch.arange(12.0).view(4, 3) + 1), dict(guidance=4.0), dict(nothing=1), dict(return_dict=True),
+        dict(hidden_states=torch.randn(1, 5, 6)), dict(hidden_states=torch.randn(1, 4, 6).double()),
+        dict(shapes=[[(1, 2, 8)]]), dict(options={"adapter": torch.randn(1, 2), "scale": 0.5}), dict(options={}),
+    ]  # fmt: skip
+    found = [rowwise.signature(a_call(1, 0, **changes), 1, token) for changes in others]
+    assert plain not in found and len(set(found)) == len(found)
+
+
+def test_split_undoes_join_for_outputs_of_every_structure() -> None:
+    counts = [1, 2]
+    out = torch.randn(6, 4)  # two frames a row
+    assert [p.shape[0] for p in rowwise.split(out, counts)] == [2, 4]
+    assert torch.equal(torch.cat(rowwise.split(out, counts)), out)
+    one, two = rowwise.split(dict(sample=torch.arange(3), other=(torch.arange(3), None)), counts)
+    assert one["sample"].tolist() == [0] and two["sample"].tolist() == [1, 2]
+    assert two["other"][0].tolist() == [1, 2] and two["other"][1] is None
+    assert rowwise.split([10, 11, 12], counts) == [[10], [11, 12]]
+    with pytest.raises(UnsupportedModelError, match="does not hold 3 rows"):
+        rowwise.split(torch.randn(4, 2), counts)
+
+
+@pytest.mark.parametrize("wrap", [lambda items: items, lambda items: (items,), lambda items: {"sample": items}])
+def test_a_list_with_a_tensor_a_row_is_one_stream_and_a_list_again(wrap: Any) -> None:
+    """As Z-Image gives its output; what is changed of it is put back into the list's own tensors."""
+    items = [torch.randn(4, 1, 3, 3) for _ in range(2)]
+    out, whole = wrap(items), torch.stack(items)
+    assert [s.shape for s in rowwise.streams(out, 2)] == [whole.shape]
+    made = rowwise.like(rowwise.template(out, 2), [torch.cat([whole, whole])])
+    assert type(made) is type(out) and len(rowwise.tensors(made)) == 4
+    found = rowwise.main(out, 2, {"x": items})
+    assert torch.equal(found, whole)
+    rowwise.put(out, found.add_(1.0))
+    assert torch.equal(torch.stack(items), whole + 1)
+    for uneven in ([items[0], items[1][:, :, :2]], [items[0], items[1].double()]):
+        with pytest.raises(UnsupportedModelError):
+            rowwise.main(wrap(uneven), 2, {"x": uneven})
+
+
+def test_of_one_tensor_nothing_is_put_back() -> None:
+    out = torch.zeros(2, 3)
+    rowwise.main(out, 2, {"x": out}).add_(1.0)
+    rowwise.put(out, torch.full((2, 3), 5.0))
+    assert out.tolist() == [[1.0] * 3] * 2
