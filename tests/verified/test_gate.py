@@ -11,7 +11,7 @@ from torch import nn
 
 import speca
 import tiny
-from speca.model import rows as rowwise
+from speca.diffusers.accelerator import ATTRIBUTE
 
 
 class Joint(nn.Module):
@@ -106,7 +106,7 @@ def test_an_unknown_model_is_discovered_and_accelerated(rows: int) -> None:
     report = speca.report(model)
     assert "runs plainly" not in " ".join(report.notes) and report.samples[0].accepted == 6
     assert 0 < (close - plain).norm() / plain.norm() < 0.05
-    finding = next(iter(model.__dict__["_speca_run"].findings.values()))
+    finding = next(iter(model.__dict__[ATTRIBUTE].drafts.findings.values()))
     assert finding.verify_block == "back.3" and finding.state == ("tokens",)
     assert finding.blocks == (("front", 3), ("back", 4))
 
@@ -142,10 +142,11 @@ def test_a_hostile_model_runs_plainly_and_correctly(make: Any, rows: int) -> Non
         assert torch.equal(loop(model, rows), plain)
 
 
-def test_the_list_keeps_its_face() -> None:
+def test_a_gated_list_looks_as_it_did() -> None:
     model = Unheard()
     keys = list(model.state_dict())
-    speca.enable(model, num_inference_steps=12)
+    speca.enable(model, tiny.VERIFYING, num_inference_steps=12)
+    assert type(model.back) is not nn.ModuleList
     assert len(model.back) == 4 and model.back[-1].mix.weight.shape == (8, 8)
     assert all(isinstance(block, Single) for block in model.back)
     assert isinstance(model.back[1:3], nn.ModuleList) and list(model.state_dict()) == keys
@@ -153,32 +154,3 @@ def test_the_list_keeps_its_face() -> None:
     twin.load_state_dict(model.state_dict())
     speca.disable(model)
     assert type(model.back) is nn.ModuleList
-
-
-def test_select_and_merge_are_inverse() -> None:
-    arguments = dict(
-        x=torch.randn(4, 2, 3), ids=torch.randn(6, 3), img_ids=torch.randn(4, 3),
-        extra=dict(mask=torch.randn(4, 5), scale=0.5), layers=[torch.randn(4, 2)] * 2, sizes=[1, 2, 3, 4],
-    )  # fmt: skip
-    part = rowwise.select(arguments, [2, 0], 4)
-    assert torch.equal(part["x"], arguments["x"][[2, 0]]) and part["ids"] is arguments["ids"]
-    assert part["img_ids"] is arguments["img_ids"] and part["sizes"] == [3, 1]
-    assert torch.equal(part["extra"]["mask"], arguments["extra"]["mask"][[2, 0]])
-    assert [v.shape for v in part["layers"]] == [(2, 2), (2, 2)]
-    whole = rowwise.select(arguments, range(4), 4)
-    assert whole["x"] is arguments["x"] and whole["extra"] is not arguments["extra"]
-    y = torch.randn(4, 7)
-    merged = rowwise.merge([([0, 2], (y[[0, 2]],)), ([1, 3], (y[[1, 3]],))], 4)
-    assert torch.equal(merged[0], y)
-    later = rowwise.merge([(range(4), (y,)), ([3], (torch.zeros(1, 7),))], 4)
-    assert torch.equal(later[0][:3], y[:3]) and not later[0][3].any()
-
-
-@pytest.mark.parametrize("kind", ["rows", "second", "folded"])
-def test_layouts_round_trip(kind: rowwise.Layout) -> None:
-    shape = dict(rows=(3, 5, 2), second=(7, 3, 2), folded=(6, 5, 2))[kind]
-    x = torch.randn(shape)
-    assert rowwise.layout(x, 3) == kind
-    first = rowwise.rows_first(x, 3, kind)
-    assert first.shape[0] == 3
-    assert torch.equal(rowwise.as_given(first, kind), x)
