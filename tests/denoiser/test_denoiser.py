@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -118,7 +119,7 @@ def test_the_final_sample_is_that_of_the_interpolated_outputs(name: str, monkeyp
 
     made = run(sampler, counted, x)
     wanted = list(outputs)
-    for last, following in zip(full, full[1:], strict=False):
+    for last, following in itertools.pairwise(full):
         before = [n for n in full if n < last][-1:]
         nodes, drafted = [following, last, *before], list(range(last + 1, following))
         for j, shares in zip(drafted, polynomial(nodes, drafted), strict=True) if drafted else ():

@@ -1,14 +1,12 @@
-"""Rows of inputs, outputs and block features: who owns what, uneven rows, layouts, fitting."""
+"""Rows of a call: which inputs belong to them, uneven rows, selection, and calls put together."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 
+from speca.denoiser import rows as rowwise
 from speca.errors import UnsupportedModelError
-from speca.model import rows as rowwise
 
 
 def test_known_exceptions_are_selected_along_their_own_dimension() -> None:
@@ -41,31 +39,34 @@ def test_weights_count_masks_lengths_and_list_items() -> None:
     assert rowwise.weights(dict(x=[torch.ones(2, 3), torch.ones(1, 3)]), 2) == [6, 3]
 
 
-def test_a_layout_is_read_off_a_row_computed_alone() -> None:
-    batch, tokens = torch.zeros(2, 2, 5), torch.zeros(6, 2, 5)
-    assert rowwise.layout(batch, 2, torch.zeros(1, 2, 5)) == "rows"
-    assert rowwise.layout(batch, 2, torch.zeros(2, 1, 5)) == "second", "as many tokens as rows"
-    assert rowwise.layout(tokens, 2, torch.zeros(3, 2, 5)) == "folded", "as many frames as rows"
-    assert rowwise.layout(tokens, 2, torch.zeros(6, 1, 5)) == "second"
-    assert rowwise.layout(tokens, 1, tokens) == "whole"
-    first = rowwise.rows_first(tokens, 1, "whole")
-    assert first.shape == (1, 6, 2, 5) and torch.equal(rowwise.as_given(first, "whole"), tokens)
+def test_select_and_merge_are_inverse() -> None:
+    arguments = dict(
+        x=torch.randn(4, 2, 3), ids=torch.randn(6, 3), img_ids=torch.randn(4, 3),
+        extra=dict(mask=torch.randn(4, 5), scale=0.5), layers=[torch.randn(4, 2)] * 2, sizes=[1, 2, 3, 4],
+    )  # fmt: skip
+    part = rowwise.select(arguments, [2, 0], 4)
+    assert torch.equal(part["x"], arguments["x"][[2, 0]]) and part["ids"] is arguments["ids"]
+    assert part["img_ids"] is arguments["img_ids"] and part["sizes"] == [3, 1]
+    assert torch.equal(part["extra"]["mask"], arguments["extra"]["mask"][[2, 0]])
+    assert [v.shape for v in part["layers"]] == [(2, 2), (2, 2)]
+    whole = rowwise.select(arguments, range(4), 4)
+    assert whole["x"] is arguments["x"] and whole["extra"] is not arguments["extra"]
+    y = torch.randn(4, 7)
+    merged = rowwise.merge([([0, 2], (y[[0, 2]],)), ([1, 3], (y[[1, 3]],))], 4)
+    assert torch.equal(merged[0], y)
+    later = rowwise.merge([(range(4), (y,)), ([3], (torch.zeros(1, 7),))], 4)
+    assert torch.equal(later[0][:3], y[:3]) and not later[0][3].any()
 
 
-def test_fit_cuts_and_pads_at_the_end() -> None:
-    x = torch.arange(6.0).view(1, 3, 2)
-    assert torch.equal(rowwise.fit(x, (1, 2, 2)), x[:, :2])
-    longer = rowwise.fit(x, (1, 4, 2))
-    assert torch.equal(longer[:, :3], x) and not longer[:, 3:].any()
-    assert rowwise.fit(x, x.shape) is x
+def test_an_invocation_hands_arguments_on_by_name_or_in_order() -> None:
+    def function(*args: object, **kwargs: object) -> object:
+        return args, kwargs
 
-
-def test_take_is_one_row_of_any_output() -> None:
-    y = torch.randn(3, 2)
-    assert torch.equal(rowwise.take((y, None), 1, 3)[0], y[1:2])
-    assert torch.equal(rowwise.take(dict(sample=y.repeat_interleave(2, 0)), 1, 3)[0], y[[1, 1]])
-    assert rowwise.take(([y[0], y[1], y[2]],), 2, 3)[0] is not None
-    assert [t.shape for t in rowwise.tensors(dict(a=[y, y], b=None))] == [(3, 2), (3, 2)]
+    x, y = torch.randn(3, 2), torch.randn(3, 2)
+    assert rowwise.Invocation(function, dict(x=1, y=2))() == ((), dict(x=1, y=2))
+    assert rowwise.Invocation(function, {"*0": 1, "*1": 2, "scale": 3})() == ((1, 2), dict(scale=3))
+    (first, second), named = rowwise.Invocation(function, {"*0": x, "*1": 2, "y": y}).on([2, 0], 3)()
+    assert torch.equal(first, x[[2, 0]]) and second == 2 and torch.equal(named["y"], y[[2, 0]])
 
 
 # ------------------------------------------------------------------------------------------------ calls put together
@@ -130,27 +131,3 @@ def test_split_undoes_join_for_outputs_of_every_structure() -> None:
     assert rowwise.split([10, 11, 12], counts) == [[10], [11, 12]]
     with pytest.raises(UnsupportedModelError, match="does not hold 3 rows"):
         rowwise.split(torch.randn(4, 2), counts)
-
-
-@pytest.mark.parametrize("wrap", [lambda items: items, lambda items: (items,), lambda items: {"sample": items}])
-def test_a_list_with_a_tensor_a_row_is_one_stream_and_a_list_again(wrap: Any) -> None:
-    """As Z-Image gives its output; what is changed of it is put back into the list's own tensors."""
-    items = [torch.randn(4, 1, 3, 3) for _ in range(2)]
-    out, whole = wrap(items), torch.stack(items)
-    assert [s.shape for s in rowwise.streams(out, 2)] == [whole.shape]
-    made = rowwise.like(rowwise.template(out, 2), [torch.cat([whole, whole])])
-    assert type(made) is type(out) and len(rowwise.tensors(made)) == 4
-    found = rowwise.main(out, 2, {"x": items})
-    assert torch.equal(found, whole)
-    rowwise.put(out, found.add_(1.0))
-    assert torch.equal(torch.stack(items), whole + 1)
-    for uneven in ([items[0], items[1][:, :, :2]], [items[0], items[1].double()]):
-        with pytest.raises(UnsupportedModelError):
-            rowwise.main(wrap(uneven), 2, {"x": uneven})
-
-
-def test_of_one_tensor_nothing_is_put_back() -> None:
-    out = torch.zeros(2, 3)
-    rowwise.main(out, 2, {"x": out}).add_(1.0)
-    rowwise.put(out, torch.full((2, 3), 5.0))
-    assert out.tolist() == [[1.0] * 3] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -29,8 +30,7 @@ def test_what_each_sampler_of_k_diffusion_does(name: str, sigmas: Tensor) -> Non
     assert (
         found.times[0] == pytest.approx(float(sigmas[0]))
         and list(found.noise) == sorted(found.noise, reverse=True)[: len(found.noise)]
-        or name in ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpm_fast")
-    )
+    ) or name in ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpm_fast")
 
 
 def test_the_response_predicts_a_run() -> None:
@@ -68,7 +68,7 @@ def test_noise_is_what_is_added_not_what_is_asked_for() -> None:
     """`res_multistep` of ComfyUI asks its noise sampler even where it adds none."""
 
     def asks(model: Any, x: Tensor, sigmas: Tensor, noise_sampler: Any = None, eta: float = 0.0) -> Tensor:
-        for now, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for now, following in itertools.pairwise(sigmas):
             d = (x - model(x, now * x.new_ones(len(x)))) / now
             x = x + d * (following - now) + eta * noise_sampler(now, following)
         return x
@@ -79,7 +79,7 @@ def test_noise_is_what_is_added_not_what_is_asked_for() -> None:
 
 def test_what_is_not_linear_says_why() -> None:
     def clips(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
-        for now, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for now, following in itertools.pairwise(sigmas):
             denoised = model(x, now * x.new_ones(len(x))).clamp(-1, 1)
             x = denoised + (x - denoised) * following / now
         return x

@@ -164,9 +164,11 @@ class Denoiser:
         assert run is not None
         if self._lost or run.idle or not run.planned:
             self._step += 1
-            run.note(
-                run.idle or f"the model is run plainly: {run.response.reason}; speedup= sets a budget all the same."
-            )
+            if not times:
+                run.note(f"the model is run plainly: {run.response.reason}.")
+            elif not self._lost:
+                unplanned = f"the model is run plainly: {run.response.reason}; speedup= sets a budget all the same."
+                run.note(run.idle or unplanned)
             return None
         if time is None or not _same(time, times, self._step):
             self._lost = True

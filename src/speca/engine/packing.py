@@ -48,43 +48,53 @@ class Packer:
 
     def __init__(self) -> None:
         self.tokens = Tokens()
-        self._joined: dict[Hashable, bool] = {}
-        self._first: dict[Hashable, Evaluation] = {}  # of each kind that is not tested yet, one call
+        self._joined: dict[Hashable, bool] = {}  # of each kind that was tested
+        self._first: dict[Hashable, tuple[Hashable, Evaluation]] = {}  # of each that was not, a call and its bucket
 
     def bucket(self, asked: Evaluation) -> Hashable | None:
         """Return a name that is equal for evaluations that can be one; None for one that has to run alone."""
-        same = asked.kind, rowwise.signature(asked.arguments, asked.rows, self.tokens)
+        same = rowwise.signature(asked.arguments, asked.rows, self.tokens)
         if not isinstance(asked, GatedEvaluation):
-            return same if self._test(same, asked) else None
+            return (asked.kind, same) if self._test(same, asked) else None
         learnt = asked.finding.learnt
         if learnt is None or learnt.ragged or "whole" in learnt.layouts:
             return None
-        return *same, None if self._test_uneven(same, asked) else asked.uses
+        return asked.kind, same, None if self._test_uneven(same, asked) else asked.uses
 
     def _test(self, same: Hashable, asked: Evaluation) -> bool:
-        """Whether calls of this kind can be one. Until two of them have met, each is run alone."""
-        if same in self._joined:
-            return self._joined[same]
-        other = self._first.setdefault(same, asked)
-        if other is asked or not _differ(other, asked):
+        """Whether calls of this kind can be one. Until two of them have met, each is run alone.
+
+        A kind is told by all but the content of what rows share, so that a timestep that all rows share does not
+        make a kind of every step.
+        """
+        kind = asked.kind, rowwise.signature(asked.arguments, asked.rows, _form)
+        if kind in self._joined:
+            return self._joined[kind]
+        of, other = self._first.setdefault(kind, (same, asked))
+        if other is asked:
             return False
-        joined = self._together([other, asked])
-        try:
-            whole, alone = joined.run(), asked.run()
-        except Exception:  # of a model that cannot take them together: then it need not
-            self._joined[same] = False
-        else:
-            self._joined[same] = close(tensors(rowwise.split(whole, [other.rows, asked.rows])[1]), tensors(alone))
-        del self._first[same]
-        return self._joined[same]
+        if of != same or not _differ(other, asked):
+            self._first[kind] = same, asked  # who comes next is more likely to meet this one
+            return False
+        alone = _tensors_of(asked)
+        if alone is None or not all(bool(t.isfinite().all()) for t in alone[0]):
+            return False  # this call is wrong by itself, and tells nothing of the others
+        both = _tensors_of(self._together([other, asked]), (other.rows, asked.rows))
+        if both is None and _tensors_of(other) is None:
+            self._first[kind] = same, asked
+            return False
+        self._joined[kind] = both is not None and close(both[1], alone[0])
+        del self._first[kind]
+        return self._joined[kind]
 
     def _test_uneven(self, same: Hashable, asked: GatedEvaluation) -> bool:
         """Whether calls may differ in what their rows use of their inputs."""
-        if same in self._joined:
-            return self._joined[same]
+        kind = asked.model, id(asked.finding.learnt), same  # of full forwards and drafts alike
+        if kind in self._joined:
+            return self._joined[kind]
         if asked.mode is not Mode.FULL:
             return False
-        other = self._first.setdefault(same, asked)
+        _, other = self._first.setdefault(kind, (same, asked))
         if not isinstance(other, GatedEvaluation) or set(other.uses) == set(asked.uses):
             return False
         call = self._together([other, asked]).invocation
@@ -92,13 +102,13 @@ class Packer:
             try:
                 _, finding = discover(asked.gate, call.function, call.arguments, other.rows + asked.rows)
             except Exception:  # as above
-                self._joined[same] = False
+                self._joined[kind] = False
             else:
                 learnt = finding.learnt
-                self._joined[same] = finding.supported and learnt is not None and not learnt.ragged
+                self._joined[kind] = finding.supported and learnt is not None and not learnt.ragged
             asked.gate.forget()
-        del self._first[same]
-        return self._joined[same]
+        del self._first[kind]
+        return self._joined[kind]
 
     def run(self, asked: Sequence[Evaluation]) -> list[Any]:
         """Return what each of the evaluations of one bucket gives."""
@@ -122,6 +132,20 @@ class Packer:
         forecasts = zip(*[a.forecast for a in asked if isinstance(a, GatedEvaluation)], strict=True)
         forecast = tuple(torch.cat(streams) for streams in forecasts)
         return dataclasses.replace(first, invocation=call, rows=sum(counts), forecast=forecast)
+
+
+def _form(tensor: Tensor) -> Hashable:
+    """Of a tensor that calls share, all but its content."""
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _tensors_of(asked: Evaluation, parts: Sequence[int] = ()) -> list[list[Tensor]] | None:
+    """The tensors that an evaluation gives, of each of its parts of so many rows; None where the model refuses it."""
+    try:
+        out = asked.run()
+        return [tensors(part) for part in (rowwise.split(out, parts) if parts else [out])]
+    except Exception:  # of any kind: a wrong request, or a model that cannot take several
+        return None
 
 
 def _differ(one: Evaluation, other: Evaluation) -> bool:
