@@ -57,7 +57,7 @@ def structure(out: Any) -> Any:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda y: y, lambda y: (y,), lambda y: (y, None), lambda y: {"sample": y, "scale": 2.0}, lambda y: [[y]],
+        lambda y: y, lambda y: (y,), lambda y: (y, None), lambda y: {"sample": y, "scale": 2.0},
         lambda y: Transformer2DModelOutput(sample=y), lambda y: Fields("name", y, 3),
     ],
 )  # fmt: skip
@@ -119,8 +119,15 @@ def test_a_list_with_a_tensor_a_row_is_one_stream_and_a_list_again(wrap: Any) ->
     assert type(made) is type(out) and len(tensors(made)) == 2 * ROWS
     assert torch.equal(torch.stack(tensors(made)), torch.cat([whole, whole]))
     for uneven in ([items[0], items[1][:, :, :2]], [items[0], items[1].double()]):
-        with pytest.raises(UnsupportedModelError):
+        with pytest.raises(UnsupportedModelError, match="not of one tensor for each of 2 rows"):
             OutputForm.of(wrap(uneven), ROWS, uneven)
+
+
+def test_a_list_of_tensors_of_all_rows_holds_a_stream_in_each() -> None:
+    layers = [torch.randn(ROWS, 4), torch.randn(ROWS, 3)]
+    form = OutputForm.of({"layers": layers}, ROWS)
+    assert form.uncorrectable and form.split({"layers": layers}, ROWS) == layers
+    assert form.build(layers)["layers"][1] is layers[1]
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,10 @@ class OutputForm:
         found = tensors(out) if items is None else [torch.stack(items)]
         if not found or any(t.dim() == 0 or t.shape[0] % rows or not t.is_floating_point() for t in found):
             raise UnsupportedModelError(f"the model's output does not hold {rows} rows of numbers in each tensor")
-        if items is None and isinstance(out, list):
-            raise UnsupportedModelError(f"the model's output is a list, but not of one tensor for each of {rows} rows")
+        if items is None and (isinstance(out, list) or _holds_items(out, rows)):
+            raise UnsupportedModelError(
+                f"the model's output holds a list, but not of one tensor for each of {rows} rows"
+            )
         whole = _rows_first(found[0], rows)
         twice = isinstance(sample, Tensor) and whole.dim() > 1 and whole.shape[2:] == sample.shape[2:]
         channels = sample.shape[1] if twice and whole.shape[1] == 2 * sample.shape[1] else 0
@@ -115,6 +117,15 @@ def _listed(out: Any, rows: int) -> list[Tensor] | None:
         return out if len({(item.shape, item.dtype) for item in out}) == 1 else None
     values = _values(out)
     return _listed(values[0], rows) if len(values) == 1 and not isinstance(values[0], Tensor) else None
+
+
+def _holds_items(out: Any, rows: int) -> bool:
+    """Whether a list somewhere in an output has one tensor for each row, instead of tensors of all rows."""
+    if isinstance(out, Tensor):
+        return False
+    if isinstance(out, list) and len(out) == rows and all(isinstance(item, Tensor) for item in out):
+        return any(item.shape[:1] != (rows,) for item in out)
+    return any(_holds_items(value, rows) for value in _values(out))
 
 
 def _values(out: Any) -> list[Any]:
