@@ -25,7 +25,7 @@ from .methods import (
 )
 from .modules import per_module
 from .oracle import own_errors, own_schedules, own_search
-from .recording import Ground, anneal, random_schedule
+from .recording import TuningData, anneal, random_schedule
 from .search import search
 
 STEPS = (25, 17, 13, 10, 8, 7, 5)
@@ -54,8 +54,8 @@ def random_steps(pipe: Any, call: Call, full: int) -> Iterator[Setup]:
 
 
 def _annealed(corrected: bool) -> Any:
-    def prepare(ground: Ground, full: int) -> list[int]:
-        return anneal(ground.recording(), full, corrected)
+    def prepare(data: TuningData, full: int) -> list[int]:
+        return anneal(data.recording(), full, corrected)
 
     return prepare
 

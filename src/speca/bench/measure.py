@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from ..compare.compare import psnr
 from ..compare.measure import Run, joined, run_once, split, ticking
 from ..diffusers.components import denoisers_of
-from .methods import Apply, Setup
+from .setup import Apply, Setup
 
 WARM_STEPS = 8
 IDENTICAL = 150.0  # dB recorded for an identical sample, so that medians and differences stay finite

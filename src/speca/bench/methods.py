@@ -4,43 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import Config, SpecaConfig, VerifiedConfig
-from ..diffusers.enable import Session, enabled
+from ..diffusers.enable import enabled
 from ..errors import InputError
+from .recording import TuningData
+from .setup import Apply, Call, Setup
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-    from .recording import Ground
-
-Call = dict[str, Any]
-
-
-@dataclass
-class Setup:
-    """What a setting made of a pipeline and its arguments.
-
-    Attributes:
-        session: there where `speca` itself runs.
-        begin: told the index of the first sample before each batch, by methods that treat samples differently.
-        bytes: of what is kept between steps, all samples of a batch together; where the method can tell.
-    """
-
-    pipe: DiffusionPipeline
-    call: Call
-    session: Session | None = None
-    begin: Callable[[int], None] | None = None
-    bytes: Callable[[], int] | None = None
-
-
-Apply = Callable[[Any, Call, Any], AbstractContextManager[Setup]]
-"""From a plain pipeline, the arguments of a call and a value of the knob to the set-up; undone on exit."""
-
-Prepare = Callable[["Ground", Any], Any]
+Prepare = Callable[[TuningData, Any], Any]
 """From what is known beforehand and a value of the knob to what `apply` is given instead; plain numbers in lists."""
 
 FAMILIES = ("steps", "forecast", "speca", "schedule", "rival", "oracle")

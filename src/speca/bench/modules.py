@@ -21,7 +21,7 @@ from ..core.controller import ACCEPTED, FULL, Plan, Record
 from ..errors import InputError
 from ..verified.errors import elementwise_l1
 from ..verified.rules import Rule, rule
-from .methods import Apply, Call, Setup
+from .setup import Apply, Call, Setup
 
 FORECAST, SILENT = "forecast", "silent"
 LAYOUTS: dict[str, dict[str, dict[str, str]]] = {

@@ -12,7 +12,7 @@ from ..diffusers.enable import accelerators_of, enabled
 from ..verified.rules import ScheduleRule
 from .measure import IDENTICAL
 from .methods import Call, Prepare, Setup
-from .recording import Ground, anneal, true_errors
+from .recording import TuningData, anneal, true_errors
 
 OWN_TRIES = 600  # of a search on a single sample
 
@@ -51,16 +51,16 @@ def own_schedules(
 def own_search(corrected: bool) -> Prepare:
     """For each reporting sample, the schedule of so many full steps that is best on its own recording."""
 
-    def prepare(ground: Ground, full: int) -> list[list[int]]:
-        recording = ground.recording(reporting=True)
-        return [anneal(recording.of(k), full, corrected, OWN_TRIES, seed=k) for k in range(len(ground.seeds))]
+    def prepare(data: TuningData, full: int) -> list[list[int]]:
+        recording = data.recording(reporting=True)
+        return [anneal(recording.of(k), full, corrected, OWN_TRIES, seed=k) for k in range(len(data.seeds))]
 
     return prepare
 
 
-def own_errors(ground: Ground, tolerance: float) -> list[list[int]]:
+def own_errors(data: TuningData, tolerance: float) -> list[list[int]]:
     """For each reporting sample, the steps whose draft would be off by more than `tolerance`, truly."""
-    return true_errors(ground.recording(reporting=True), tolerance)
+    return true_errors(data.recording(reporting=True), tolerance)
 
 
 def fewest_steps(rows: Sequence[dict[str, Any]], family: str, targets: Sequence[float]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from ..compare.measure import run_once, split
 from ..core.transition import Transition, advance
 from ..errors import InputError
 from ..sampler.scheduler import scheduler_response
-from .methods import Call
+from .setup import Call
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Recording:
 
 
 @dataclass
-class Ground:
+class TuningData:
     """What methods may look at beforehand: tuning calls, for an oracle the reporting ones, and recordings of either."""
 
     pipe: Any

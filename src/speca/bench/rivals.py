@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..compare.measure import run_once
 from ..errors import InputError
-from .methods import Apply, Call, Setup
+from .setup import Apply, Call, Setup
 
 Build = Callable[[Any, Call, Any], Any]
 TUNING_SEED = 500_000  # tuning seeds count up from here, reporting seeds from 0

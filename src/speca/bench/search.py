@@ -8,34 +8,34 @@ from typing import Any
 from ..errors import InputError
 from .measure import played, quality
 from .methods import Apply, Prepare
-from .recording import Ground, anneal, random_schedule, uniform_schedule
+from .recording import TuningData, anneal, random_schedule, uniform_schedule
 
 
 def search(apply: Apply, corrected: bool) -> Prepare:
-    """To the best schedule of so many full steps found in `ground.tries` runs over the tuning seeds.
+    """To the best schedule of so many full steps found in `data.tries` runs over the tuning seeds.
 
     It begins with the even schedule or, if that is better, with the annealed one. Best is the lowest mean relative L2
     to the full run.
     """
 
-    def prepare(ground: Ground, full: int) -> list[int]:
-        call, seeds = ground.tuning_call, ground.tuning_seeds
+    def prepare(data: TuningData, full: int) -> list[int]:
+        call, seeds = data.tuning_call, data.tuning_seeds
         steps = call["num_inference_steps"]
         known: dict[tuple[int, ...], float] = {}
 
         def loss(schedule: list[int]) -> float:
             key = tuple(schedule)
             if key not in known:
-                made = played(apply, ground.pipe, call, schedule, seeds, ground.batch)
-                values: Any = quality(made.images, ground.reference())["relative_l2"]
+                made = played(apply, data.pipe, call, schedule, seeds, data.batch)
+                values: Any = quality(made.images, data.reference())["relative_l2"]
                 known[key] = sum(values) / len(values)
             return known[key]
 
         starts = [uniform_schedule(steps, full)]
         with contextlib.suppress(InputError):  # no linear sampler
-            starts.append(anneal(ground.recording(), full, corrected))
+            starts.append(anneal(data.recording(), full, corrected))
         best = min(starts, key=loss)
-        for attempt in range(ground.tries):
+        for attempt in range(data.tries):
             # Every other proposal takes a step's neighbour, else one that a fresh random schedule has.
             movable = best[2:]
             moved = movable[attempt % len(movable)]

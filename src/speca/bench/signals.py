@@ -31,7 +31,7 @@ from ..errors import InputError
 from ..sampler.scheduler import scheduler_response
 from ..verified.gate import block_lists
 from ..verified.rules import ScheduleRule
-from .methods import Call
+from .setup import Call
 from .recording import effect_of
 
 PERIOD, DRAFTS, PLACES = 4, 4, 12

@@ -20,7 +20,7 @@ from .measure import Cost, full_steps, quality, timed, weighed
 from .methods import Method
 from .oracle import fewest_steps
 from .pareto import SPEEDS
-from .recording import Ground
+from .recording import TuningData
 from .rivals import TUNING_SEED
 from .scores import NEAR, Judge, arguments
 
@@ -120,7 +120,7 @@ class Bench:
         else:
             out.mkdir(parents=True, exist_ok=True)
             self._write({"kind": "about", **about, "hardware": hardware(pipe), "versions": versions(), **shape(pipe)})
-        self._ground = Ground(
+        self._data = TuningData(
             pipe, self.call(self.seeds), self.seeds, self.call(self.tuning), self.tuning, plan.batch, plan.tries
         )
 
@@ -195,7 +195,7 @@ class Bench:
         try:
             given = value
             if method.prepare:
-                given = row["given"] = method.prepare(self._ground, value)
+                given = row["given"] = method.prepare(self._data, value)
             made, cost = weighed(method.apply, self.pipe, self.call(self.seeds), given, self.seeds, self.plan.batch)
         except Exception as error:  # rivals raise whatever they like; the row says what
             words = (str(error).strip().splitlines() or ["no message"])[0]

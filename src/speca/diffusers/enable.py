@@ -20,6 +20,8 @@ from .companions import bare, demand_alone, plain_copy
 from .components import controlnets_of, denoisers_of, time_of_call
 
 HOOK = "speca"
+CONTROLNET = "_speca_controlnet"
+"""Attribute that marks a ControlNet whose calls are skipped."""
 
 
 def enable(
@@ -104,9 +106,8 @@ def disable(target: Any) -> Any:
         if ATTRIBUTE in model.__dict__:
             _detach(model)
     for model in controlnets_of(target):
-        if model.__dict__.get(ATTRIBUTE) == HOOK:
-            _unhook(model, {}, model.__dict__)
-            del model.__dict__[ATTRIBUTE]
+        if CONTROLNET in model.__dict__:
+            _unhook(model, model.__dict__.pop(CONTROLNET), model.__dict__)
     return target
 
 
@@ -201,11 +202,12 @@ def _attach_controlnets(target: Any, models: list[nn.Module]) -> None:
 
     accelerators = [model.__dict__[ATTRIBUTE] for model in models]
     for model in controlnets_of(target):
-        if ATTRIBUTE not in model.__dict__ and not isinstance(accelerators[0].config, VerifiedConfig):
+        if CONTROLNET not in model.__dict__ and not isinstance(accelerators[0].config, VerifiedConfig):
+            before = {n: model.__dict__[n] for n in ("forward", "_diffusers_hook") if n in model.__dict__}
             register_controlnet(
                 model, lambda pipe, time: any(a.is_drafted(pipe, time) for a in accelerators), time_of_call(model), HOOK
             )
-            model.__dict__[ATTRIBUTE] = HOOK
+            model.__dict__[CONTROLNET] = before
 
 
 def _attach(model: nn.Module, accelerator: Accelerator) -> None:

@@ -79,7 +79,7 @@ class Packer:
         alone = _tensors_of(asked)
         if alone is None or not all(bool(t.isfinite().all()) for t in alone[0]):
             return False  # this call is wrong by itself, and tells nothing of the others
-        both = _tensors_of(self._together([other, asked]), (other.rows, asked.rows))
+        both = _tensors_of(self._together([_unlike(other, asked), asked]), (other.rows, asked.rows))
         if both is None and _tensors_of(other) is None:
             self._first[kind] = same, asked
             return False
@@ -146,6 +146,20 @@ def _tensors_of(asked: Evaluation, parts: Sequence[int] = ()) -> list[list[Tenso
         return [tensors(part) for part in (rowwise.split(out, parts) if parts else [out])]
     except Exception:  # of any kind: a wrong request, or a model that cannot take several
         return None
+
+
+def _unlike(one: Evaluation, other: Evaluation) -> Evaluation:
+    """The evaluation `one` with other numbers than `other` wherever it has one number a row: the time, a guidance
+    scale. A model that takes the first of them for all rows would not be noticed where all are equal."""
+    arguments = dict(one.arguments)
+    for name, value in arguments.items():
+        known = other.arguments[name]
+        if isinstance(value, Tensor) and value.shape == (one.rows,) and bool((value == known.flatten()[0]).any()):
+            if value.is_floating_point():
+                arguments[name] = value * 0.9 + 0.01
+            elif value.dtype != torch.bool:
+                arguments[name] = torch.where(value > 0, value - 1, value + 1)
+    return dataclasses.replace(one, invocation=Invocation(one.invocation.function, arguments))
 
 
 def _differ(one: Evaluation, other: Evaluation) -> bool:
