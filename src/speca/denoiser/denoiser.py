@@ -104,8 +104,12 @@ class Denoiser:
 
     def __call__(self, x: Tensor, sigma: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns for x (B, ...) at `sigma`, computed or forecast."""
-        more = {f"*{place}": value for place, value in enumerate(args, 2)}
-        invocation = Invocation(self.model, {"*0": x, "*1": sigma, **more, **kwargs})
+        more = {f"*{place}": value for place, value in enumerate(args)}
+
+        def function(x: Tensor, sigma: Any, **given: Any) -> Any:
+            return self.model(x, sigma, *[given.pop(name) for name in more], **given)
+
+        invocation = Invocation(function, {"x": x, "sigma": sigma, **more, **kwargs})
         level, rows = broadcast(sigma, x), int(x.shape[0])
         run = self._run_at(level)
         if run is None:
@@ -116,8 +120,8 @@ class Denoiser:
 
         def evaluate(some: Sequence[int] | None) -> Any:
             part = invocation if some is None else invocation.on(some, rows)
-            given, returned = part.arguments["*0"], part()
-            output = to_output(self.prediction, given, broadcast(part.arguments["*1"], given), returned)
+            given, returned = part.arguments["x"], part()
+            output = to_output(self.prediction, given, broadcast(part.arguments["sigma"], given), returned)
             computed[:] = [output, returned]
             return output
 

@@ -22,17 +22,14 @@ from .arguments import ROW_DIMENSIONS
 
 @dataclass(frozen=True)
 class Invocation:
-    """A function and its arguments by name; those that have none are called "*0", "*1", ... in their order."""
+    """A function and its arguments by name."""
 
     function: Callable[..., Any]
     arguments: dict[str, Any]
 
     def __call__(self) -> Any:
         """Call it."""
-        if not any(name.startswith("*") for name in self.arguments):
-            return self.function(**self.arguments)
-        places = [value for name, value in self.arguments.items() if name.startswith("*")]
-        return self.function(*places, **{n: v for n, v in self.arguments.items() if not n.startswith("*")})
+        return self.function(**self.arguments)
 
     def on(self, rows: Sequence[int], total: int) -> Invocation:
         """Return the same call for some of its `total` rows only."""

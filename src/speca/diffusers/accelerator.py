@@ -119,7 +119,7 @@ class Accelerator:
             pipeline: the pipeline that is calling, None in one's own sampling loop.
         """
         caller = self.last = self.caller(pipeline)
-        call = Invocation(forward, self._bind(args, kwargs))
+        call = self._bind(forward, args, kwargs)
         if is_compiled_above(self.model):
             self._note(caller, f"{type(self.model).__name__} was compiled after speca.enable: {NOT_COMPILED}.")
         if reason := self._excluded(caller, call.arguments):
@@ -304,18 +304,21 @@ class Accelerator:
             )
         return ""
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments by name, in the order of the signature; those of `**kwargs` follow, and those without a name
-        are called "*0", "*1", ..."""
+    def _bind(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Invocation:
+        """The call with its arguments by name, in the order of the signature; those of `**kwargs` follow, and those of
+        `*args` are called "*0", "*1", ..."""
         bound = dict(self._signature.bind(self.model, *args, **kwargs).arguments)
         bound.pop(next(iter(self._signature.parameters)))
         for name, parameter in self._signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 bound.update(bound.pop(name, {}))
-            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and bound.get(name):
-                # Everything before it was given by position as well, so all of it is handed on in order.
-                return {f"*{place}": value for place, value in enumerate(args)} | kwargs
-        return bound
+            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and name in bound:
+                more = {f"*{place}": value for place, value in enumerate(bound.pop(name))}
+                first = list(bound)[: len(args) - len(more)]  # what was given before them, by position as well
+                bound = {**{n: bound[n] for n in first}, **more, **{n: v for n, v in bound.items() if n not in first}}
+                order = [*first, *more]
+                return Invocation(lambda **given: forward(*[given.pop(n) for n in order], **given), bound)
+        return Invocation(forward, bound)
 
     def _note(self, caller: Caller, text: str) -> None:
         """Tell the user once, and in the report of each run."""
