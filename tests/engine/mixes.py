@@ -25,7 +25,7 @@ PRESETS: list[dict[str, Any]] = [
     dict(preset=tiny.VERIFYING, settings=dict(threshold=0.2, max_draft=3)),
     dict(speedup=3.0),
     dict(preset=tiny.VERIFYING, threshold=0.0),
-    dict(preset=speca.SpecaConfig(controller="interval", max_draft=2)),
+    dict(preset=speca.VerifiedConfig(rule="interval", max_draft=2)),
     dict(preset=tiny.VERIFYING, settings=dict(threshold=0.08, axis="noise", order=2)),
 ]
 STEPS = [8, 11, 14, 9]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import speca
 import tiny
-from engine.mixes import BUNDLED, CLOSE, TINY, decisions, distance, mix
+from engine.mixes import BUNDLED, CLOSE, PRESETS, TINY, decisions, distance, mix
 from speca.engine import Engine
 from speca.errors import ConfigError, InputError
-from speca.run import ATTRIBUTE
+from speca.diffusers.accelerator import ATTRIBUTE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
 TRACE = dict(deadline=None, suppress_health_check=list(HealthCheck))
@@ -181,3 +181,21 @@ def test_model_offload_is_refused() -> None:
     case.pipe._all_hooks = ["one"]
     with pytest.raises(ConfigError, match="offloads whole models"):
         Engine(case.pipe)
+
+
+@pytest.mark.parametrize("number", range(len(PRESETS)))
+def test_the_settings_of_a_request_are_those_it_runs_with(number: int) -> None:
+    """Whatever the engine itself was made with: a request decides as its settings do outside of an engine."""
+    own = dict(PRESETS[number])
+    base, more = own.pop("preset", "balanced"), {**own.pop("settings", {}), **own}
+    case = tiny.dit()
+    asked = {**case.arguments, **case.conditions([3]), "num_inference_steps": 14, "scheduler": None}
+    with speca.enabled(case.pipe, base, **more):
+        case([3], steps=14)
+        expected = [s.decisions for s in speca.report(case.pipe).samples]
+        named = speca.report(case.pipe).config
+    for engine_preset in ("balanced", tiny.VERIFYING):
+        with Engine(case.pipe, engine_preset) as engine:
+            (result,) = engine.generate([{**asked, "generator_seed": 3, **dict(preset=base), **PRESETS[number]}])
+        assert decisions(result) == expected
+        assert result.report.config == named

@@ -15,7 +15,7 @@ import tiny
 from engine.mixes import CLOSE, decisions, distance
 from speca.engine import Engine, Event, Future, Result
 from speca.errors import CancelledError
-from speca.run import ATTRIBUTE
+from speca.diffusers.accelerator import ATTRIBUTE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
 STEPS = 6

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiny
-from speca.cli import app
+from speca.cli.main import app
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
 
@@ -88,7 +88,18 @@ def test_a_line_that_fails_is_told_and_tried_again(model: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(model: Path, tmp_path: Path) -> None:
     file, out = write(tmp_path / "r.jsonl", *[{"class_labels": [n % 9]} for n in range(120)]), tmp_path / "out"
-    command = [sys.executable, "-m", "speca.cli", "batch", str(model), str(file), "--out", str(out), "--steps", "40"]
+    command = [
+        sys.executable,
+        "-m",
+        "speca.cli.main",
+        "batch",
+        str(model),
+        str(file),
+        "--out",
+        str(out),
+        "--steps",
+        "40",
+    ]
     env = {**os.environ, "PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 90

@@ -62,7 +62,8 @@ class Packer:
         return asked.kind, same, None if self._test_uneven(same, asked) else asked.uses
 
     def _test(self, same: Hashable, asked: Evaluation) -> bool:
-        """Whether calls of this kind can be one. Until two of them have met, each is run alone.
+        """Whether calls of this kind can be one. Until two of them have met, each is run alone: the first has its bucket
+        to itself, and others have none.
 
         A kind is told by all but the content of what rows share, so that a timestep that all rows share does not
         make a kind of every step.
@@ -72,7 +73,7 @@ class Packer:
             return self._joined[kind]
         of, other = self._first.setdefault(kind, (same, asked))
         if other is asked:
-            return False
+            return True
         if of != same or not _differ(other, asked):
             self._first[kind] = same, asked  # who comes next is more likely to meet this one
             return False
