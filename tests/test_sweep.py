@@ -15,8 +15,8 @@ import transformers
 from typer.testing import CliRunner
 
 import tiny
-from speca.cli import app
-from speca.model.overrides import CACHE_ARGUMENTS, TIME_ARGUMENTS
+from speca.cli.main import app
+from speca.denoiser.arguments import CACHE_ARGUMENTS, TIME_ARGUMENTS
 from sweep.cases import CASES, REASONS, Case
 from sweep.checks import Result, build, check, classes, untested
 from sweep.table import FIRST, PAGE, page
@@ -27,10 +27,11 @@ SAME = pytest.mark.skipif(diffusers.__version__ != TESTED, reason=f"docs/models.
 
 
 @pytest.mark.parametrize("case", SLICE, ids=[case.name for case in SLICE])
-def test_a_class_is_exact_and_restored_and_its_rows_are_their_own(case: Case) -> None:
+def test_a_class_is_exact_and_forecast_and_restored_and_rows_do_not_touch_each_other(case: Case) -> None:
     result = check(case)
     assert result.failures == []
-    assert result.accelerated or case.plain
+    assert result.accelerated, "its outputs are forecast"
+    assert result.verified != bool(case.plain)
 
 
 def test_the_quick_part_holds_what_is_unusual() -> None:
@@ -79,7 +80,10 @@ def test_the_page_is_in_step_with_the_table() -> None:
 
 def test_a_failed_check_is_seen_on_the_page() -> None:
     case = SLICE[0]
-    assert "**failed**: bit-identical" in page([Result(case, failures=["bit-identical at threshold 0"])])
+    failed = page([Result(case, failures=["bit-identical at threshold 0"], forecast=True)])
+    assert (
+        "**failed**: bit-identical" in failed and "**0 of 1 are exact" in failed and "the outputs of 0 of 1" in failed
+    )
 
 
 def words(length: int) -> Any:

@@ -17,7 +17,7 @@ from .table import PAGE, page
 
 
 def main(words: list[str]) -> int:
-    """Returns the number of cases that failed."""
+    """Return the number of cases that failed."""
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     began, results = time.perf_counter(), []
@@ -25,17 +25,17 @@ def main(words: list[str]) -> int:
     for case in wanted:
         result = check(case)
         results.append(result)
-        mark = "FAILED" if result.failures else "ok" if result.accelerated else "plain"
-        told(f"{mark:6} {result.seconds:5.1f} s  {case.name}" + "".join(f"\n{'':16}{f}" for f in result.failures))
+        mark = "FAILED" if result.failures else "ok" if result.verified else "output" if result.accelerated else "plain"
+        say(f"{mark:6} {result.seconds:5.1f} s  {case.name}" + "".join(f"\n{'':16}{f}" for f in result.failures))
     failed = sum(bool(r.failures) for r in results)
-    told(f"{len(results)} cases, {failed} failed, {time.perf_counter() - began:.0f} s")
+    say(f"{len(results)} cases, {failed} failed, {time.perf_counter() - began:.0f} s")
     if not words:
         PAGE.write_text(page(results), encoding="utf-8")
-        told(f"wrote {PAGE.name}; untested: {', '.join(untested()) or 'none'}")
+        say(f"wrote {PAGE.name}; untested: {', '.join(untested()) or 'none'}")
     return failed
 
 
-def told(text: str) -> None:
+def say(text: str) -> None:
     """Print at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

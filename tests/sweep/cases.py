@@ -33,7 +33,7 @@ class Case:
     inputs: dict[str, Any]
     guidance: str
     note: str = ""  # what is unusual about the class, for the table
-    plain: str = ""  # part of the reason if the library is right to run it plainly
+    plain: str = ""  # part of the reason if its drafts cannot be verified, and preset "paper" runs it plainly
     variant: str = ""  # a second case of the same class
     rows: int = 3  # rows a batch can hold; 1 for packed models
     slice: bool = False  # part of the quick run in the test suite
@@ -115,7 +115,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "HunyuanVideoTransformer3DModel", HUNYUAN, HUNYUAN_CALL, EMBEDDED + "; true CFG: " + TWO_NAMED, slice=True,
-        note="the text refiner runs at every step",
+        note="in verified drafts the text refiner runs at every step",
     ),
     Case("AllegroTransformer3DModel",
         dict(num_attention_heads=2, attention_head_dim=24, **PICTURE, **DEEP, cross_attention_dim=48, sample_width=8,
@@ -346,14 +346,14 @@ CASES: tuple[Case, ...] = (
     Case("HeliosTransformer3DModel", HELIOS,
         {**WAN_CALL, "indices_hidden_states": table(torch.arange(1, 3)),
          "indices_latents_history_short": table(torch.arange(1)), "latents_history_short": noise(4, 1, 8, 8)},
-        TWO_NAMED, note="autoregressive chunks: each is a trajectory of its own"),
+        TWO_NAMED, note="autoregressive chunks: each is a run of its own"),
     Case("HunyuanVideoFramepackTransformer3DModel",
         {**HUNYUAN, "has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True},
         {**HUNYUAN_CALL, "image_embeds": noise(3, 8), "indices_latents": torch.arange(1, 3),
          "latents_clean": noise(4, 1, 8, 8), "indices_latents_clean": torch.arange(1),
          "latents_history_2x": noise(4, 2, 8, 8), "indices_latents_history_2x": torch.arange(2),
          "latents_history_4x": noise(4, 4, 8, 8), "indices_latents_history_4x": torch.arange(4)}, TWO,
-        slice=True, note="a row alone drops its padding tokens; chunks are trajectories of their own"),
+        slice=True, note="a row alone drops its padding tokens; chunks are runs of their own"),
     Case("Ideogram4Transformer2DModel",
         dict(in_channels=16, **DEEP, **WIDE, intermediate_size=32, adaln_dim=8, llm_features_dim=12,
              mrope_section=(4, 2, 2)),
@@ -429,7 +429,7 @@ CASES: tuple[Case, ...] = (
          "inject_face_latents_blocks": 2},
         {**WAN_CALL, "hidden_states": noise(12, 3, 8, 8), "encoder_hidden_states_image": noise(4, 16),
          "pose_hidden_states": noise(4, 2, 8, 8), "face_pixel_values": noise(3, 5, 16, 16)}, TWO_NAMED,
-        note="motion and face encoders run at every step; a face term is added between blocks"),
+        note="in verified drafts motion and face encoders run at every step; a face term is added between blocks"),
 )  # fmt: skip
 
 # What has no case, and why.
