@@ -32,7 +32,7 @@ test: $(STAMP)  ## the test suite (ARGS="-m 'not slow'" for the quick part)
 sweep: $(STAMP)  ## try every transformer class of diffusers and write docs/models.md (about a minute)
 	PYTHONPATH=src:tests $(BIN)/python -W ignore -m sweep
 
-bench: $(STAMP)  ## write docs/benchmarks.md and its plots from the raw results in docs/results/bench/
+bench: $(STAMP)  ## write docs/benchmarks.md, its pages and plots from the raw results in docs/results/bench/
 	$(BIN)/python recipes/benchmarks.py
 
 bench-run: $(STAMP)  ## measure anew: the full suite on MODEL=fashion-dit (up to two hours), then `make bench`

@@ -1,75 +1,116 @@
-"""The document docs/benchmarks.md: for each model, what SpeCa gives at 3x, 5x and 7x against each alternative."""
+"""The documents docs/benchmarks.md and docs/benchmarks/<model>.md, written from the rows of each model.
+
+The first is short: one table over all models and one plot for each. A page a model holds the rest.
+"""
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor
 
 from .field import chosen
 from .pareto import Point, Reading, at_speed, paired_difference, reading
-from .report import (
-    OURS,
-    about,
-    adapting,
-    batch_table,
-    curves,
-    families,
-    guarantee_table,
-    measured,
-    missing_table,
-    score_table,
-)
-from .report import signal_table as signals
+from .report import about
+from .results import OURS, Rows, curves, families, measured
+from .tables import adapting, batch_table, guarantee_table, missing_table, score_table
+from .tables import signal_table as signals
 
-Rows = Sequence[dict[str, Any]]
 ASKED = (3.0, 5.0, 7.0)
+OWN, GENERIC = (OURS, "speca-budget"), ("speca-generic-budget",)
+"""SpeCa by its tolerance and, where no tolerance is as fast as that, by a budget; by a budget without a calibration."""
+
 KINDS = {
     "steps": "fewer steps or another solver", "forecast": "a fixed interval", "speca": "SpeCa, other rules",
     "schedule": "a fixed schedule", "rival": "a cache of diffusers or cache-dit",
 }  # fmt: skip
 
-HEAD = """# Benchmarks
+READING = """## How to read it
+
+A sample is compared with the one that the same model makes from the same seed with every step computed. PSNR is of
+floats, in dB. A method is swept, and its value at a speed lies between two neighbours of the best settings of its own
+sweep. *Speed* is FLOPs of the transformer, with everything a method adds counted; time stands beside it. P5 is the 5th
+percentile over samples: one image in twenty is worse. Brackets are 95 % bootstrap intervals over samples and, where
+time is measured, over rounds of timing too. These are small models: what they say of FLUX or HunyuanVideo is the order
+of methods at most.
 
 Written by `make bench` from the raw results in `docs/results/bench/`; no figure here is typed by hand. Each file there
 was made by `speca bench MODEL --suite full`, whose first line names seeds, hardware and versions.
-
-**How to read it.** A sample is compared with the one that the same model makes from the same seed with every step
-computed. PSNR is of floats, in dB. A method is swept, and its value at a speed lies between two neighbours of the best
-settings of its own sweep. *Speed* is FLOPs of the transformer, with everything a method adds counted; time stands
-beside it. P5 is the 5th percentile over samples, what one image in twenty falls below. Brackets are 95 % bootstrap
-intervals over samples and, where time is measured, over rounds of timing too. These are small models: what they say of
-FLUX or HunyuanVideo is the order of methods at most.
 """
 
 
-def document(found: Mapping[str, Rows], gpu: str = "") -> str:
-    """The whole text, from the rows of each model and the JSON of the GPU suite, if there is one."""
-    parts = [HEAD]
+# ------------------------------------------------------------------------------------------------ the first page
+def overview(found: Mapping[str, Rows], gpu: bool = False, pages: str = "benchmarks", pictures: str = "img") -> str:
+    """The first page, from the rows of each model; `pages` and `pictures` are folders as seen from it.
+
+    With `gpu` there is a page of the GPU suite too.
+    """
+    lines = ["# Benchmarks", ""]
+    others = ["", f"Full-size models with random weights on a GPU: [gpu]({pages}/gpu.md)."] if gpu else []
     if not found:
-        parts.append("No results are committed yet.\n")
+        return "\n".join([*lines, "No results are committed yet.", *others]) + "\n"
+    counts = " or ".join(map(str, sorted({len(rows[0]["seeds"]) for rows in found.values()})))
+    opening = (
+        f"How close a run stays to the full run of the same seed, at the same cost: PSNR in dB, median / 5th "
+        f"percentile over {counts} samples. Columns that name a method show the best of their kind. SpeCa uses the "
+        f"calibration that comes with the model, as the fixed schedules use a search on the model; the column after it "
+        f"is SpeCa with a budget and no calibration. "
+        f"*Time* is by how much SpeCa shortens a run at that number of FLOPs. The best of a row is bold."
+    )
+    lines += [textwrap.fill(opening, 119), "", *overview_table(found)]
     for model, rows in found.items():
-        parts.append("\n".join(section(model, rows)) + "\n")
-    if gpu:
-        parts.append("\n".join(gpu_section(json.loads(gpu))) + "\n")
-    return "\n".join(parts)
+        first = rows[0]
+        lines += [
+            "", f"## {model}", "", f"![{model}: typical and worst at the same cost]({pictures}/bench-{model}.svg)", "",
+            f"`{first['pipeline']}`, {first['parameters'] / 1e6:.1f} M parameters, {first['suite']['steps']} steps. "
+            f"All methods, times, scores and curves: [{model}]({pages}/{model}.md).",
+        ]  # fmt: skip
+    return "\n".join([*lines, *others, "", READING])
 
 
-def section(model: str, rows: Rows) -> list[str]:
-    """One model."""
-    lines = [f"## {model}", "", *[line for paragraph in about(rows[0]) for line in (paragraph, "")]]
-    pictures = [f"![Typical and worst](img/bench-{model}.svg)", "", f"![Curves](img/bench-{model}-curves.svg)"]
+def overview_table(found: Mapping[str, Rows]) -> list[str]:
+    """One row a model and speed: SpeCa with and without a calibration, and the best of each other kind."""
+    kinds = [kind for kind in KINDS if kind != "speca"]
+    heads = ["SpeCa", "SpeCa, not calibrated", *(KINDS[kind] for kind in kinds)]
+    lines = [f"| model | fewer FLOPs | time | {' | '.join(heads)} |", f"| --- | ---: | ---: |{' --- |' * len(heads)}"]
+    for model, rows in found.items():
+        swept, family, times = curves(rows), families(rows), _times(rows)
+        for speed in ASKED:
+            own, generic = (_first(swept, names, speed) for names in (OWN, GENERIC))
+            others = [_best(swept, [n for n in swept if family[n] == kind], speed) for kind in kinds]
+            shown = [own, generic, *others]
+            best = max((float(found[1].values.quantile(0.5)) for found in shown if found), default=0.0)
+            spent = times(own[0], speed) if own else None
+            cells = ["-" if spent is None else f"{spent:.2f}x", *(_named(found, best) for found in shown)]
+            lines.append(f"| {model} | {speed:g}x | {' | '.join(cells)} |")
+    return lines
+
+
+def _named(found: tuple[str, Reading] | None, best: float) -> str:
+    """A method's median and 5th percentile, and its name unless it is SpeCa; bold where the median is `best`."""
+    if found is None:
+        return "-"
+    name, read = found
+    shown = f"**{_two(read.values)}**" if float(read.values.quantile(0.5)) >= best else _two(read.values)
+    return shown if name in (*OWN, *GENERIC) else f"{shown} `{name}`"
+
+
+# ------------------------------------------------------------------------------------------------ the page of a model
+def model_page(model: str, rows: Rows, back: str = "../benchmarks.md", pictures: str = "../img") -> str:
+    """All figures of one model; `back` leads to the first page, `pictures` to the plots."""
+    lines = [f"# Benchmarks of {model}", "", f"[All models, and how to read this]({back}).", ""]
+    lines += [line for paragraph in about(rows[0]) for line in (paragraph, "")]
     run = {row["method"] for row in rows if "method" in row}
     if absent := [method.name for method in chosen([], rows[0]["suite"]["steps"]) if method.name not in run]:
         lines += [f"Methods of the field that were left out of this run: {', '.join(absent)}.", ""]
-    lines += [*answers(rows), "", *pictures]
-    lines += ["", "### In quality", "", *quality_table(rows), "", "### In seconds", "", *in_seconds(rows)]
+    lines += [*answers(rows), "", f"![Typical and worst]({pictures}/bench-{model}.svg)", ""]
+    lines += [f"![Curves]({pictures}/bench-{model}-curves.svg)"]
     titled = {
-        "How fast for a guarantee": [*guarantee_table(rows), "", *adapting(rows)],
+        "In quality": quality_table(rows),
+        "In seconds": in_seconds(rows),
+        "How fast at a given 5th percentile": [*guarantee_table(rows), "", *adapting(rows)],
         "How good is the check?": signals(rows),
         "Agreement and distances": score_table(rows),
         "Batches": batch_table(rows),
@@ -77,35 +118,36 @@ def section(model: str, rows: Rows) -> list[str]:
     }
     for title, part in titled.items():
         if part:
-            lines += ["", f"### {title}", "", *part]
-    return lines
+            lines += ["", f"## {title}", "", *part]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def answers(rows: Rows, axis: str = "flops") -> list[str]:
-    """For each speed one sentence: SpeCa, and the best of each other family, with the paired difference.
-
-    Where no tolerance is as fast as that, SpeCa is given a budget.
-    """
+    """For each speed one sentence: SpeCa, and the best of each other family, with the paired difference."""
     found, family = curves(rows, axis), families(rows)
     lines = []
     for speed in ASKED:
-        reach = {name: reading(found.get(name, []), speed) for name in (OURS, "speca-budget")}
-        own, ours = next(((name, v) for name, v in reach.items() if v is not None), (OURS, None))
-        if ours is None:
+        own = _first(found, OWN, speed)
+        if own is None:
             lines.append(f"- **{speed:g}x.** The sweep of `{OURS}` does not reach {speed:g}x here.")
             continue
-        told = []
+        ours = own[1]
+        lines.append(
+            f"- **{speed:g}x.** `{own[0]}`: {_three(ours.values)} dB (median / P5 / worst). The best of the others:"
+        )
         for kind, words in KINDS.items():
-            best = _best(found, [name for name in found if family[name] == kind and name not in reach], speed)
+            best = _best(found, [name for name in found if family[name] == kind and name not in OWN], speed)
             if best:
                 name, other = best
                 mean, low, high = paired_difference(ours, other)
-                told.append(f"{words} `{name}` {_three(other.values)}, {_against(mean, low, high)}")
-        lines.append(
-            f"- **{speed:g}x.** `{own}`: {_three(ours.values)} dB (median / P5 / worst). The best of the others:"
-        )
-        lines += [f"  - {one}." for one in told]
+                lines.append(f"  - {words} `{name}` {_three(other.values)}, {_against(mean, low, high)}.")
     return lines
+
+
+def _first(found: dict[str, list[Point]], names: Sequence[str], speed: float) -> tuple[str, Reading] | None:
+    """The first of the methods that reaches a speed."""
+    read = ((name, reading(found.get(name, []), speed)) for name in names)
+    return next(((name, values) for name, values in read if values is not None), None)
 
 
 def _best(found: dict[str, list[Point]], names: Sequence[str], speed: float) -> tuple[str, Reading] | None:
@@ -161,15 +203,23 @@ def in_seconds(rows: Rows) -> list[str]:
         f"{' | '.join(f'dB at {s:g}x time' for s in ASKED)} |",
         f"| --- |{' ---: |' * 2 * len(ASKED)}",
     ]
+    times_at = _times(rows)
     for name, points in by_time.items():
-        settings = [r for r in by_flops if r["method"] == name and r["wall_speedup"]]
-        swept = [Point(r["flops_speedup"], (r["wall_speedup"],)) for r in settings]
-        times = [_between(swept, speed) for speed in ASKED]
+        times = [times_at(name, speed) for speed in ASKED]
         values = [at_speed(points, speed) for speed in ASKED]
         cells = [*("-" if t is None else f"{t:.2f}x" for t in times), *(_two(v) for v in values)]
         if set(cells) != {"-"}:
             lines.append(f"| {f'**{name}**' if name == OURS else name} | {' | '.join(cells)} |")
     return lines
+
+
+def _times(rows: Rows) -> Callable[[str, float], float | None]:
+    """How many times less time a method takes at a speed in FLOPs."""
+    swept: dict[str, list[Point]] = {}
+    for row in measured(rows):
+        if row["wall_speedup"]:
+            swept.setdefault(row["method"], []).append(Point(row["flops_speedup"], (row["wall_speedup"],)))
+    return lambda name, speed: _between(swept.get(name, []), speed)
 
 
 def _between(points: Sequence[Point], speed: float) -> float | None:
@@ -184,42 +234,3 @@ def _between(points: Sequence[Point], speed: float) -> float | None:
 
 def _two(values: Tensor | None) -> str:
     return "-" if values is None else f"{values.quantile(0.5):.1f} / {values.quantile(0.05):.1f}"
-
-
-def gpu_section(found: dict[str, Any]) -> list[str]:
-    """The GPU suite: what steps cost at full size, and what runs cost at the same number of full steps."""
-    lines = [
-        "## Full-size models on a GPU, random weights", "",
-        f"{found['hardware']}, {found['dtype']}, {found['steps']} steps with a period of {found['period']}; "
-        f"`make bench-gpu`. Random weights: time and memory only.", "",
-        "| model | batch | | full step | draft | checked | rejected | speca | module towers | cache-dit | TaylorSeer "
-        "of diffusers | kept by speca | by towers |",
-        "| --- | ---: | --- |" + " ---: |" * 10,
-    ]  # fmt: skip
-    for model in found["models"]:
-        by = {row["method"]: row for row in model["rows"] if "seconds" in row}
-        full = by.get("full", {}).get("seconds")
-        names = ("speca, unchecked", "module towers (the authors' layout)", "cache-dit", "diffusers TaylorSeer")
-        ratios = [f"{full / by[n]['seconds']:.2f}x" if full and n in by else "-" for n in names]
-        steps = [_ms(model.get(k)) for k in ("full_step", "draft_step", "checked_step", "rejected_step")]
-        kept = [_mib(by.get(n, {}).get("cache_bytes")) for n in names[:2]]
-        kind = "compiled" if model["compiled"] else "eager"
-        lines.append(f"| {model['model']} | {model['batch']} | {kind} | {' | '.join([*steps, *ratios, *kept])} |")
-    if found["left_out"]:
-        lines += ["", f"Left out for want of time: {', '.join(found['left_out'])}."]
-    if found["trained"]:
-        lines += ["", "### The bundled models there", "", "| model | batch | setting | time | PSNR median |",
-                  "| --- | ---: | --- | ---: | ---: |"]  # fmt: skip
-        for row in found["trained"]:
-            name = f"| {row['model']} | {row['batch']} | {row['method']} {row['value']} |"
-            if "speedup" in row:
-                lines.append(f"{name} {row['speedup']:.2f}x | {statistics.median(row['psnr']):.1f} |")
-    return lines
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1000 * seconds:.2f} ms"
-
-
-def _mib(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.1f} MiB"

@@ -12,10 +12,7 @@ from ..config import PRESETS, VerifiedConfig
 from ..errors import InputError, nearest
 from . import rivals
 from .methods import (
-    Apply,
-    Call,
     Method,
-    Setup,
     adams_bashforth,
     fewer_steps,
     plain,
@@ -27,6 +24,7 @@ from .modules import per_module
 from .oracle import own_errors, own_schedules, own_search
 from .recording import TuningData, anneal, random_schedule
 from .search import search
+from .setup import Apply, Call, Setup
 
 STEPS = (25, 17, 13, 10, 8, 7, 5)
 INTERVALS = (1, 2, 3, 4, 5, 7, 9)  # drafts between full steps
@@ -116,8 +114,8 @@ def _rivals() -> list[Method]:
         "taylorseer-cache": ("interval", every, cache(rivals.taylorseer(False))),
         "taylorseer-lite": ("interval", every, cache(rivals.taylorseer(True))),
         "mag-cache": ("threshold", (0.03, 0.1, 0.3, 0.6, 1.2), cache(rivals.magnitude)),
-        "sea-cache": ("threshold", (0.05, 0.15, 0.3, 0.6, 1.2), cache(rivals.spectral, told=True)),
-        "faster-cache": ("skip range", ranges, cache(rivals.faster, told=True)),
+        "sea-cache": ("threshold", (0.05, 0.15, 0.3, 0.6, 1.2), cache(rivals.spectral, with_step=True)),
+        "faster-cache": ("skip range", ranges, cache(rivals.faster, with_step=True)),
         "attention-broadcast": ("skip range", ranges, cache(rivals.broadcast)),
     }
     return [

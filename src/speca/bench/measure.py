@@ -65,7 +65,7 @@ class Cost:
     """What a setting took, all samples together: FLOPs of the transformers, and bytes.
 
     `peak` is how far the memory of the process (on a GPU: of the device) rose above what it was before, None where
-    the system does not tell; `kept` is what the method itself says it keeps a sample, None where it does not say.
+    the system does not say; `kept` is what the method itself says it keeps for a sample, None where it does not say.
     """
 
     flops: int
@@ -83,7 +83,8 @@ def timed(
 ) -> tuple[Run, float]:
     """All samples of one setting, timed as in `speca generate --compare`, and processor seconds in the transformers.
 
-    `speca` tests itself at the first call of a model and input size; it makes that test on a short run beforehand.
+    Where `speca` runs, a short run goes before: what it does once for a model and input size is not timed. Where drafts
+    are verified, that includes the gate's self-test.
     """
     with apply(pipe, call, given) as setup, ticking(setup.pipe, None, 0):
         parts = split(setup.call, seeds, batch)
@@ -121,7 +122,7 @@ def inside(pipe: Any, start: Callable[..., None], stop: Callable[..., None]) -> 
 def weighed(
     apply: Apply, pipe: Any, call: dict[str, Any], given: Any, seeds: Sequence[int], batch: int
 ) -> tuple[Run, Cost]:
-    """The same with FLOPs and memory; counting slows a run, so its seconds mean nothing. The self-test counts."""
+    """The same with FLOPs and memory; counting slows a run, so its seconds mean nothing. A gate's self-test counts."""
     with apply(pipe, call, given) as setup, ticking(setup.pipe, None, 0), counted(setup.pipe) as flops:
         peak = Peak(setup.pipe)
         made = _made(setup, split(setup.call, seeds, batch))
@@ -142,7 +143,7 @@ def _made(setup: Setup, parts: Sequence[tuple[dict[str, Any], list[int]]]) -> Ru
 
 
 class Peak:
-    """How far memory rises from now on: the allocator's on a GPU, else the process's, as Linux tells it."""
+    """How far memory rises from now on: the allocator's on a GPU, else the process's, as Linux reports it."""
 
     def __init__(self, pipe: Any) -> None:
         self.device = torch.device(pipe._execution_device)
@@ -158,7 +159,7 @@ class Peak:
             self.before = _status("VmRSS")
 
     def bytes(self) -> int | None:
-        """Bytes above what was in use at the beginning; None where the system does not tell."""
+        """Bytes above what was in use at the beginning; None where the system does not say."""
         if self.before is None:
             return None
         now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")

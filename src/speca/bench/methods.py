@@ -80,7 +80,7 @@ def _own_grid(cls: Any, dynamic: bool) -> Any:
     image size, which only counts where the flow is shifted by it.
     """
 
-    class Deaf(cls):
+    class OnOwnGrid(cls):
         def set_timesteps(
             self,
             num_inference_steps: int | None = None,
@@ -91,7 +91,7 @@ def _own_grid(cls: Any, dynamic: bool) -> Any:
             extra = {"mu": mu} if dynamic and mu is not None else {}
             super().set_timesteps(num_inference_steps or len(sigmas), device=device, **extra)
 
-    return type(cls.__name__, (Deaf,), {})
+    return type(cls.__name__, (OnOwnGrid,), {})
 
 
 @contextmanager

@@ -37,7 +37,7 @@ ORDERS = {"DiTTransformer2DModel": 4, "FluxTransformer2DModel": 2, "HunyuanVideo
 """The authors' orders for each model."""
 
 
-class Tower:
+class Differences:
     """The newest full output of one module with its finite differences, and the Taylor sum over them."""
 
     def __init__(self, order: int) -> None:
@@ -67,7 +67,7 @@ class ModuleCache:
 
     def __init__(self, model: nn.Module, order: int, judge: Rule) -> None:
         self.judge, self.order = judge, order
-        self.towers: dict[str, list[Tower]] = {}
+        self.differences: dict[str, list[Differences]] = {}
         self.shapes: dict[str, list[torch.Size]] = {}
         self.step, self.total, self.drafting = 0, 1, False
         self.record = Record(0, ())
@@ -88,7 +88,7 @@ class ModuleCache:
 
     def begin(self, total: int) -> None:
         """A new run of `total` steps."""
-        self.towers, self.shapes, self.step, self.total = {}, {}, 0, total
+        self.differences, self.shapes, self.step, self.total = {}, {}, 0, total
         self.record = Record(0, (), total=total)
 
     def forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,13 +96,13 @@ class ModuleCache:
 
         @functools.wraps(original)
         def run(*args: Any, **kwargs: Any) -> Any:
-            self.record.step, self.record.error = self.step, self.record.error
+            self.record.step = self.step
             self.plan = self.judge.plan(self.record)
             self.drafting, self.error = self.plan is not Plan.FULL, None
             out = original(*args, **kwargs)
             self.record.note(ACCEPTED if self.drafting else FULL, self.error)
             self.drafting = False
-            self.held = max(self.held, sum(t.bytes() for towers in self.towers.values() for t in towers))
+            self.held = max(self.held, sum(d.bytes() for parts in self.differences.values() for d in parts))
             self.step += 1
             return out
 
@@ -116,14 +116,14 @@ class ModuleCache:
                 out = original(*args, **kwargs)
                 parts = list(out) if isinstance(out, tuple) else [out]
                 if kind == FORECAST:
-                    towers = self.towers.setdefault(name, [Tower(self.order) for _ in parts])
-                    for tower, part in zip(towers, parts, strict=True):
-                        tower.push(part, self.step)
+                    kept = self.differences.setdefault(name, [Differences(self.order) for _ in parts])
+                    for differences, part in zip(kept, parts, strict=True):
+                        differences.push(part, self.step)
                 else:
                     self.shapes[name] = [part.shape for part in parts]
                 return out
             if kind == FORECAST:
-                parts = [tower.at(self.step) for tower in self.towers[name]]
+                parts = [differences.at(self.step) for differences in self.differences[name]]
             else:  # nothing reads it but the module that is forecast
                 like = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
                 parts = [like.new_zeros(()).expand(shape) for shape in self.shapes[name]]
@@ -137,19 +137,19 @@ class ModuleCache:
         def run(*args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
             if self.drafting and self.plan is Plan.CHECKED:
-                kept = {name: [(t.terms, t.step) for t in towers] for name, towers in self.towers.items()}
+                kept = {name: [(d.terms, d.step) for d in parts] for name, parts in self.differences.items()}
                 self.drafting = False
                 real = original(*args, **kwargs)
-                told = self.towers[self.last_out][0].terms[0] if self.last_out else None
+                given = self.differences[self.last_out][0].terms[0] if self.last_out else None
                 self.drafting = True
-                for name, towers in kept.items():
-                    for tower, (terms, step) in zip(self.towers[name], towers, strict=True):
-                        tower.terms, tower.step = terms, step
-                if told is None:  # DiT compares the hidden states, FLUX and HunyuanVideo the branch before its gate
-                    forecast, told = out, real
+                for name, known in kept.items():
+                    for part, (terms, step) in zip(self.differences[name], known, strict=True):
+                        part.terms, part.step = terms, step
+                if given is None:  # DiT compares the hidden states, FLUX and HunyuanVideo the branch before its gate
+                    forecast, given = out, real
                 else:
-                    forecast = self.towers[self.last_out][0].at(self.step)
-                self.error = float(elementwise_l1(forecast.flatten()[None], told.flatten()[None]))
+                    forecast = self.differences[self.last_out][0].at(self.step)
+                self.error = float(elementwise_l1(forecast.flatten()[None], given.flatten()[None]))
             return out
 
         return run

@@ -11,8 +11,9 @@ from ..core.controller import Plan, Planner, Record
 from ..diffusers.enable import accelerators_of, enabled
 from ..verified.rules import ScheduleRule
 from .measure import IDENTICAL
-from .methods import Call, Prepare, Setup
+from .methods import Prepare
 from .recording import TuningData, anneal, true_errors
+from .setup import Call, Setup
 
 OWN_TRIES = 600  # of a search on a single sample
 

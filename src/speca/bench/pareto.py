@@ -125,7 +125,7 @@ def redrawn(rounds: Mapping[tuple[str, Any], Sequence[float]], seed: int = 0) ->
 
     What the machine does meanwhile moves a whole round of a method, so rounds are drawn, not single times: each round
     of a method is replaced by some round of any method, and a setting in it is off by what one in that round was off.
-    All methods lend to each other: a machine treats them alike, and one that was timed once has nothing of its own.
+    Deviations of all methods are used for all: a machine treats them alike, and one timed once has none of its own.
     Empty, where no setting was timed twice.
     """
     off: dict[tuple[str, int], list[float]] = defaultdict(list)

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from .pareto import SPEEDS, Point, at_speed, front
-from .report import OURS, curves, families, missing_table
-
-Rows = Sequence[dict[str, Any]]
+from .results import OURS, Rows, curves, families, missing
 
 COLOURS = {
     "speca": "#c2410c", "steps": "#2563eb", "forecast": "#0f766e", "schedule": "#7c3aed", "rival": "#57534e",
@@ -56,11 +54,10 @@ def plot(rows: Rows, place: Path, name: str, axis: str = "flops") -> None:
     )  # fmt: skip
     figure.supxlabel(f"times less {words} in the transformer", fontsize=10)
     figure.supylabel("PSNR to the own full run, dB", fontsize=10)
-    absent = [method for line in missing_table(rows)[2:] if (method := line.split("|")[1].strip()) not in found]
+    absent = dict.fromkeys(method for method, _ in missing(rows) if method not in found)
     if absent:
-        figure.text(
-            0.99, 0.004, f"could not run: {', '.join(dict.fromkeys(absent))}", ha="right", fontsize=7.5, color="#78716c"
-        )
+        words = f"could not run: {', '.join(absent)}"
+        figure.text(0.99, 0.004, words, ha="right", fontsize=7.5, color="#78716c")
     _save(figure, place, name)
 
 

@@ -71,9 +71,6 @@ def _notes(rows: Rows) -> list[str]:
 
 def write(rows: Rows, place: Path) -> None:
     """`report.md`, pictures as SVG and PNG, and `index.html`, which needs no other file, into `place`."""
-    from .page import page
-    from .plots import plot, summary
-
     plot(rows, place, "curves")
     summary(rows, place, "summary")
     words = markdown(rows)

@@ -26,17 +26,17 @@ TUNING_SEED = 500_000  # tuning seeds count up from here, reporting seeds from 0
 
 
 # ------------------------------------------------------------------------------------------------ diffusers
-def diffusers_cache(build: Build, told: bool = False) -> Apply:
+def diffusers_cache(build: Build, with_step: bool = False) -> Apply:
     """A cache of diffusers, from the configuration that `build(pipe, call, value)` makes.
 
     A transformer whose class is no CacheMixin is made one for as long as the cache is on it, and a pipeline that names
-    no cache context gets one at each call: so these caches run on `DiTPipeline` too. Where `told`, the context says
-    at which step of how many, and at which noise level, a call stands.
+    no cache context gets one at each call: so these caches run on `DiTPipeline` too. Where `with_step`, the context
+    says at which step of how many, and at which noise level, a call stands.
     """
 
     @contextmanager
     def apply(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:
-        with cacheable(pipe, call["num_inference_steps"] if told else 0) as model:
+        with cacheable(pipe, call["num_inference_steps"] if with_step else 0) as model:
             model.enable_cache(build(pipe, call, value))
             try:
                 yield Setup(pipe, call)

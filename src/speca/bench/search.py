@@ -7,8 +7,9 @@ from typing import Any
 
 from ..errors import InputError
 from .measure import played, quality
-from .methods import Apply, Prepare
+from .methods import Prepare
 from .recording import TuningData, anneal, random_schedule, uniform_schedule
+from .setup import Apply
 
 
 def search(apply: Apply, corrected: bool) -> Prepare:

@@ -21,8 +21,8 @@ class Setup:
 
     Attributes:
         session: there where `speca` itself runs.
-        begin: told the index of the first sample before each batch, by methods that treat samples differently.
-        bytes: of what is kept between steps, all samples of a batch together; where the method can tell.
+        begin: called with the index of the first sample before each batch, by methods that treat samples differently.
+        bytes: of what is kept between steps, all samples of a batch together; where the method knows them.
     """
 
     pipe: DiffusionPipeline

@@ -1,4 +1,4 @@
-"""How good is the check? Each error signal against what it is to foretell, at drafts of real runs.
+"""How good is the check? Each error signal against what it should predict, at drafts of real runs.
 
 A run takes drafts of a few steps at one place, everything after it in full; a second run is the same with that place in
 full too. What the two final samples differ by is the *effect* of the drafts there. At the drafts a plain copy of the
@@ -31,8 +31,8 @@ from ..errors import InputError
 from ..sampler.scheduler import scheduler_response
 from ..verified.gate import block_lists
 from ..verified.rules import ScheduleRule
-from .setup import Call
 from .recording import effect_of
+from .setup import Call
 
 PERIOD, DRAFTS, PLACES = 4, 4, 12
 """Steps between full steps before the place, drafts at it, and places over a run."""
@@ -82,7 +82,7 @@ def signal_rows(pipe: Any, call: Call, seeds: Sequence[int]) -> list[dict[str, A
 def _run(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int], watch: bool = True) -> tuple[Taken, Tensor]:
     """One run with full steps at `full`, checked drafts elsewhere, and what was seen; images (N, ...).
 
-    Where it is watched, a second run with the same full steps forecasts outputs and tells the sizes of corrections.
+    Where it is watched, a second run with the same full steps forecasts outputs and gives the sizes of corrections.
     """
     taken, model = Taken(), pipe.transformer
     plain = copy.deepcopy(model)

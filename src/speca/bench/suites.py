@@ -161,7 +161,7 @@ class Bench:
 
     def run(self, progress: Progress | None = None) -> list[dict[str, Any]]:
         """Do what is missing, and return all rows."""
-        self._tell = progress or (lambda done, total, what: None)
+        self._progress = progress or (lambda done, total, what: None)
         self._done, self._total = 0, len(self.settings) * (1 + sum(t.rounds for t in self.plan.timings))
         with ticking(self.pipe, None, 0):  # one bar is enough
             self._all_quality()
@@ -235,7 +235,7 @@ class Bench:
     def _signals(self) -> None:
         from .signals import signal_rows
 
-        self._tell(self._total, self._total, "how good is the check?")
+        self._progress(self._total, self._total, "how good is the check?")
         try:
             rows = signal_rows(self.pipe, self.call(self.seeds[: self.plan.signals]), self.seeds[: self.plan.signals])
         except InputError as problem:
@@ -244,7 +244,7 @@ class Bench:
             self._write(row)
 
     def _next(self, what: str) -> None:
-        self._tell(self._done, self._total, what)
+        self._progress(self._done, self._total, what)
         self._done += 1
 
     def _known(self, method: Method, value: Any) -> dict[str, Any]:

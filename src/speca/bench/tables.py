@@ -156,7 +156,7 @@ def _range(ratios: Sequence[float]) -> str:
 
 
 def guarantee_table(rows: Rows, targets: Sequence[float] = (30.0, 34.0, 38.0, 42.0)) -> list[str]:
-    """Markdown: how fast each method may be for its 5th percentile to reach a quality: the price of a guarantee."""
+    """Markdown: how fast each method may be for its 5th percentile to reach a quality."""
     lines = [
         f"| method | {' | '.join(f'P5 at {t:g} dB' for t in targets)} |",
         f"| --- |{' ---: |' * len(targets)}",
@@ -174,21 +174,22 @@ def adapting(rows: Rows, targets: Sequence[float] = (30.0, 34.0, 38.0, 42.0)) ->
     found = curves(rows)
     if ADAPTIVE not in found or not any(name in found for name in PLACED):
         return []
-    told, more = [], []
+    words, more = [], []
     for target in targets:
         own = needed(found[ADAPTIVE], target, 0.05)
         others = [speed for name in PLACED if (speed := needed(found.get(name, []), target, 0.05))]
         if own and others:
             more.append(max(others) / own - 1)
-            told.append(f"{more[-1]:+.0%} at {target:g} dB")
-    if not told:
+            words.append(f"{more[-1]:+.0%} at {target:g} dB")
+    if not words:
         return []
-    verdict = "It pays" if max(more) <= -0.15 else "That is not the 15 % less that would pay for deciding by sample"
+    enough = max(more) <= -0.15
+    verdict = "That is worth it" if enough else "That is not the 15 % less that would justify deciding by sample"
     return [
-        f"**Does adapting to each sample pay?** `{ADAPTIVE}` plans each sample's drafts by its own corrections; "
+        f"**Is it worth adapting to each sample?** `{ADAPTIVE}` plans each sample's drafts by its own corrections; "
         f"{' and '.join(f'`{n}`' for n in PLACED if n in found)} took full steps that were searched for this model, "
         f"the same for all samples, with the same corrector. For the same 5th percentile adapting spends, in FLOPs, "
-        f"{', '.join(told)}. {verdict}; `{OURS}` places full steps for all samples alike."
+        f"{', '.join(words)}. {verdict}; `{OURS}` places full steps for all samples alike."
     ]
 
 
@@ -210,9 +211,7 @@ def signal_table(rows: Rows) -> list[str]:
 
 def missing_table(rows: Rows) -> list[str]:
     """Markdown: what could not run, and why."""
-    settings: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if row["kind"] == "quality" and "reason" in row:
-            settings.setdefault((row["method"], row["reason"].replace("|", "/")), []).append(str(row["value"]))
-    lines = [f"| {method} | {', '.join(values)} | {why} |" for (method, why), values in settings.items()]
+    lines = []
+    for (method, why), values in missing(rows).items():
+        lines.append(f"| {method} | {', '.join(map(str, values))} | {why.replace('|', '/')} |")
     return ["| method | settings | why |", "| --- | --- | --- |", *lines] if lines else []

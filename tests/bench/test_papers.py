@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import speca
 import tiny
 from speca.bench import papers, published, scorers
-from speca.cli import app
+from speca.cli.main import app
 from speca.zoo import resolve
 
 SIZES = {"num_inference_steps": 6, "height": 64, "width": 64, "max_sequence_length": 12}
@@ -120,12 +120,12 @@ def test_paper_hunyuan_writes_videos_as_vbench_names_them(tmp_path: Path, prompt
         prompt_attention_mask=torch.ones(1, 6),
     )  # fmt: skip
 
-    class Told(type(pipe)):  # type: ignore[misc]
+    class WithoutEncoders(type(pipe)):  # type: ignore[misc]
         def encode_prompt(self, **_: Any) -> tuple[torch.Tensor, ...]:
             """The tiny pipeline has no text encoders."""
             return embeds["prompt_embeds"], embeds["pooled_prompt_embeds"], embeds["prompt_attention_mask"]
 
-    pipe.__class__ = type("HunyuanVideoPipeline", (Told,), {})
+    pipe.__class__ = type("HunyuanVideoPipeline", (WithoutEncoders,), {})
     work = run(
         pipe, "paper-hunyuan", tmp_path, prompts=prompts, names=["none"], samples=6,
         sizes=dict(height=32, width=32, num_frames=5, num_inference_steps=4, guidance_scale=1.0),

@@ -15,21 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import speca
 import tiny
-from speca.bench import measure, report, scores, suites
+from bench.toy import PLAN, arguments
+from speca.bench import measure, report, results, scores, suites
 from speca.bench.field import chosen
-from speca.bench.methods import Method, Setup, plain
-
-PLAN = suites.Suite(samples=3, tuning=2, tries=2, batch=2, steps=12, timings=(suites.Timing(2, 1),))
-
-
-def arguments(case: tiny.Case) -> Any:
-    """Calls of a tiny pipeline: the conditions of its case, by seed."""
-
-    def make(pipe: Any, seeds: Any, steps: int) -> dict[str, Any]:
-        call = {**case.arguments, **case.conditions(list(seeds)), "num_inference_steps": steps}
-        return {name: value for name, value in call.items() if name != "output_type"}
-
-    return make
+from speca.bench.methods import Method, plain
+from speca.bench.setup import Setup
 
 
 def field(*names: str) -> list[Method]:
@@ -215,7 +205,7 @@ def test_timing_is_against_the_full_run_beside_it(tmp_path: Path) -> None:
     times = [r for r in rows if r["kind"] == "time"]
     assert {r["method"] for r in times} == {"none", "reuse"} and {r["batch"] for r in times} == {2}
     assert all(r["seconds_full"] > 0 and r["seconds_total"] >= r["seconds"] for r in times)
-    none = next(r for r in report.measured(rows) if r["method"] == "none")
+    none = next(r for r in results.measured(rows) if r["method"] == "none")
     assert none["wall_speedup"] == 1.0
 
 

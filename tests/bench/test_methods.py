@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,21 @@ import torch
 
 import speca
 import tiny
+from bench.toy import PLAN, arguments
 from speca.bench import measure, modules, oracle, recording, rivals
 from speca.bench.field import methods
 from speca.bench.methods import plain, scheduled
 from speca.bench.search import search
-from test_bench import PLAN, arguments
+from speca.verified import rules
 
 STEPS = PLAN.steps
 
 
-def ground(case: tiny.Case, seeds: tuple[int, ...] = (1, 2), tries: int = 4) -> recording.Ground:
+def tuning_data(case: tiny.Case, seeds: tuple[int, ...] = (1, 2), tries: int = 4) -> recording.TuningData:
     make, tuning = arguments(case), [500_001, 500_002]
     calls = (make(case.pipe, some, STEPS) for some in (list(seeds), tuning))
     call, tuning_call = calls
-    return recording.Ground(case.pipe, call, list(seeds), tuning_call, tuning, 2, tries)
+    return recording.TuningData(case.pipe, call, list(seeds), tuning_call, tuning, 2, tries)
 
 
 @pytest.mark.parametrize("name", sorted(set(methods()) - {"none", "presets", "fewer-steps"}))
@@ -36,7 +38,7 @@ def test_every_method_leaves_the_pipeline_as_it_was(model: str, name: str) -> No
     kept = set(vars(transformer))
     cls, method = type(transformer), methods(STEPS)[name]
     pytest.importorskip("cache_dit") if method.package == "cache-dit" else None
-    prepared = method.prepare(ground(case, (1,), 1), method.values[0]) if method.prepare else None
+    prepared = method.prepare(tuning_data(case, (1,), 1), method.values[0]) if method.prepare else None
     call = arguments(case)(case.pipe, [1], STEPS)
     refused = pytest.raises(speca.InputError, match="belongs to no flow")
     with refused if (name, model) == ("adams-bashforth", "dit") else contextlib.nullcontext():
@@ -47,12 +49,12 @@ def test_every_method_leaves_the_pipeline_as_it_was(model: str, name: str) -> No
 
 
 # ------------------------------------------------------------------------------------------------ module caches
-def test_towers_are_exact_on_lines_and_keep_one_term_an_order() -> None:
-    tower = modules.Tower(2)
+def test_differences_are_exact_on_lines_and_keep_one_term_an_order() -> None:
+    differences = modules.Differences(2)
     for step in (0, 3, 6):
-        tower.push(torch.tensor([2.0 * step + 1, -step]), step)
-    assert torch.allclose(tower.at(8), torch.tensor([17.0, -8.0]))
-    assert len(tower.terms) == 3 and tower.bytes() == 3 * 2 * 4
+        differences.push(torch.tensor([2.0 * step + 1, -step]), step)
+    assert torch.allclose(differences.at(8), torch.tensor([17.0, -8.0]))
+    assert len(differences.terms) == 3 and differences.bytes() == 3 * 2 * 4
 
 
 @pytest.mark.parametrize("model", ["dit", "flux", "hunyuan-video"])
@@ -60,8 +62,8 @@ def test_module_caches_without_drafts_change_nothing_and_drafts_cost_little(mode
     case = tiny.PIPELINES[model]()
     call = arguments(case)(case.pipe, [1], STEPS)
     full, cost = measure.weighed(plain, case.pipe, call, 0, [1], 1)
-    always = speca.SpecaConfig(controller="schedule", schedule=tuple(range(STEPS)), warmup=2, final=0)
-    every = speca.SpecaConfig(controller="interval", max_draft=2, warmup=2, final=0)
+    always = speca.VerifiedConfig(rule="schedule", schedule=tuple(range(STEPS)), warmup=2, final=0)
+    every = speca.VerifiedConfig(rule="interval", max_draft=2, warmup=2, final=0)
     same, whole = measure.weighed(modules.per_module(lambda _: always), case.pipe, call, 0, [1], 1)
     assert torch.equal(same.images, full.images) and whole.flops == cost.flops
     drafted, saved = measure.weighed(modules.per_module(lambda _: every), case.pipe, call, 0, [1], 1)
@@ -73,14 +75,14 @@ def test_the_released_rule_checks_the_last_block_and_acts_a_step_late() -> None:
     """A threshold that nothing meets makes a full step after each shortest draft; one that all meet, the longest."""
     case = tiny.dit()
     call = arguments(case)(case.pipe, [1], STEPS)
-    base = dataclasses.replace(speca.PRESETS["paper"], controller="released", error="elementwise_l1", min_draft=2)
+    base = dataclasses.replace(speca.PRESETS["paper"], rule="released", error="elementwise_l1", min_draft=2)
     _, full = measure.weighed(plain, case.pipe, call, 0, [1], 1)
     spent = {}
     for threshold in (1e-9, 1e9):
         config = dataclasses.replace(base, threshold=threshold, max_draft=4)
         _, cost = measure.weighed(modules.per_module(lambda _, c=config: c), case.pipe, call, 0, [1], 1)
         spent[threshold] = STEPS * cost.flops / full.flops
-    every = speca.SpecaConfig(controller="interval", max_draft=2, warmup=2, final=0)  # FFttFttFttFt
+    every = speca.VerifiedConfig(rule="interval", max_draft=2, warmup=2, final=0)  # FFttFttFttFt
     _, cost = measure.weighed(modules.per_module(lambda _: every), case.pipe, call, 0, [1], 1)
     draft, check = (STEPS * cost.flops / full.flops - 5) / 7, 1 / 4  # embeddings and modulations; one of four blocks
     # F t F t t v F t t v F t against F t F t t v v F t t v v.
@@ -94,7 +96,7 @@ def test_models_without_a_table_say_so() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ recordings
-def test_a_recording_foretells_what_drafts_do() -> None:
+def test_a_recording_predicts_what_drafts_do() -> None:
     """Of a linear sampler with outputs that do not depend on the sample, to the last digit."""
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(1, 8, 5, generator=generator, dtype=torch.float64)
@@ -130,7 +132,7 @@ def test_annealing_finds_the_steps_that_matter() -> None:
 
 def test_recordings_see_what_the_scheduler_sees_and_leave_it_alone() -> None:
     case = tiny.dit()
-    setting = ground(case)
+    setting = tuning_data(case)
     before = case([1])
     found = setting.recording()
     assert found.products.shape == (2, STEPS, STEPS) and len(found.effect) == STEPS
@@ -144,12 +146,12 @@ def test_no_recording_of_a_sampler_that_is_not_linear() -> None:
     case = tiny.dit()
     case.pipe.scheduler = DPMSolverMultistepScheduler.from_config(case.pipe.scheduler.config, thresholding=True)
     with pytest.raises(speca.InputError, match="no schedule can be found on a recording"):
-        ground(case).recording()
+        tuning_data(case).recording()
 
 
 def test_searching_finds_nothing_worse_than_an_even_schedule() -> None:
     case = tiny.dit()
-    setting, apply = ground(case), scheduled(False)
+    setting, apply = tuning_data(case), scheduled(False)
     found = search(apply, False)(setting, 5)
     loss = []
     for schedule in (found, recording.uniform_schedule(STEPS, 5)):
@@ -166,18 +168,20 @@ def test_schedules_have_as_many_full_steps_as_asked() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ oracles
-def test_an_oracle_treats_each_sample_by_its_own_schedule() -> None:
+@pytest.mark.parametrize("corrector", [False, True])
+def test_an_oracle_treats_each_sample_by_its_own_schedule(corrector: bool) -> None:
     """Across batches too: the fourth sample is the second of the second batch."""
     case, seeds = tiny.flux(), [1, 2, 3, 4]
     call = arguments(case)(case.pipe, seeds, STEPS)
     schedules = [[0, 1, *range(2, 2 + k)] for k in (3, 4, 5, 6)]
-    made = measure.played(oracle.own_schedules, case.pipe, call, schedules, seeds, 2)
+    own = functools.partial(oracle.own_schedules, corrector=corrector)
+    made = measure.played(own, case.pipe, call, schedules, seeds, 2)
     assert made.report is not None
     assert [sample.full for sample in made.report.samples] == [5, 6, 7, 8]
-    assert speca.core.controller.CONTROLLERS["schedule"] is speca.core.controller.ScheduleController
+    assert rules.RULES["schedule"] is rules.ScheduleRule
 
 
-def test_a_perfect_verifier_draws_the_line_where_it_is_told_to() -> None:
+def test_a_perfect_verifier_computes_in_full_where_drafts_exceed_the_tolerance() -> None:
     products = np.zeros((1, 10, 10))
     outputs = np.array([0.0, 1, 2, 3, 9, 9, 9, 9, 9, 9])[:, None]
     products[0] = outputs @ outputs.T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 
 import speca
 import tiny
-from speca.bench import benchmarks, page, pareto, plots, report, signals
-from test_bench import PLAN, arguments
+from bench.toy import PLAN, arguments
+from speca.bench import benchmarks, gpu, page, pareto, plots, results, signals, tables
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 6
 
 
@@ -65,14 +66,14 @@ def test_a_speed_is_read_between_neighbours_and_never_beyond() -> None:
 
 
 def test_a_method_is_seen_at_its_best_settings() -> None:
-    """A setting that another beats in both ways does not pull the curve down; the fastest one always counts."""
+    """A setting that another beats in both ways does not lower the curve; the fastest one always counts."""
     good, bad, fast = (pareto.Point(s, (v, v)) for s, v in ((2.0, 40.0), (3.0, 10.0), (4.0, 36.0)))
     assert pareto.front([bad, fast, good]) == [good, fast]
     values = pareto.at_speed([bad, fast, good], 3.0)
     assert values is not None and values.min() > 36
 
 
-def test_the_price_of_a_guarantee() -> None:
+def test_the_largest_speed_at_which_a_quality_is_reached() -> None:
     points = [pareto.Point(2.0, (44.0, 40.0)), pareto.Point(8.0, (30.0, 20.0))]
     assert pareto.needed(points, 30.0, q=0.0) == pytest.approx(4.0)
     assert pareto.needed(points, 20.0, q=0.0) == pytest.approx(8.0)
@@ -158,33 +159,47 @@ def test_intervals_at_a_speed_in_time_are_wider_than_those_over_samples() -> Non
 # ------------------------------------------------------------------------------------------------ tables
 def test_tables_say_who_is_better_and_by_how_much() -> None:
     rows = rows_of(FIELD)
-    lines = report.table(rows, 4.0, "flops")
+    lines = tables.table(rows, 4.0, "flops")
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["_oracle-error_", "**speca**", "taylor-1"]
     assert "-3.00 [-3.00, -3.00] *" in lines[-1], "taylor-1 is 3 dB below, on every seed"
-    assert report.table(rows, 20.0, "flops") == ["No method's sweep spans 20x on this axis."]
-    (speed,) = {r["wall_speedup"] for r in report.measured(rows) if r["method"] == "speca" and r["value"] == 4.0}
+    assert tables.table(rows, 20.0, "flops") == ["No method's sweep spans 20x on this axis."]
+    (speed,) = {r["wall_speedup"] for r in results.measured(rows) if r["method"] == "speca" and r["value"] == 4.0}
     assert 3.5 < speed < 3.6
 
 
 def test_the_spread_of_full_steps_is_a_histogram() -> None:
-    assert report.spread([10.0, 10.0]) == "10"
-    assert report.spread([10.0, 12.0, 12.0]) == "11.3 (10: 1, 12: 2)"
-    assert report.spread([float(k) for k in range(20)]) == "9.5 (0 to 19)"
+    assert tables.spread([10.0, 10.0]) == "10"
+    assert tables.spread([10.0, 12.0, 12.0]) == "11.3 (10: 1, 12: 2)"
+    assert tables.spread([float(k) for k in range(20)]) == "9.5 (0 to 19)"
 
 
 def test_the_document_answers_at_each_speed(tmp_path: Path) -> None:
     rows = rows_of(FIELD)
-    text = benchmarks.document({"toy": rows})
+    text = benchmarks.model_page("toy", rows)
     assert "- **3x.** `speca`: " in text and "`taylor-1`" in text and "SpeCa is better by the mean (+" in text
-    assert "**7x.**" in text and "does not reach" not in text.split("### In seconds")[0]
-    assert "Calls of 8 samples, 2 rounds." in text and "- **3x.** `speca`: " in text.split("### In seconds")[1]
-    assert "does not reach 3x" in benchmarks.document(
-        {"toy": rows_of([("speca", "speca", [(5.0, 30.0), (6.0, 20.0)])])}
-    )
+    assert "**7x.**" in text and "does not reach" not in text.split("## In seconds")[0]
+    assert "Calls of 8 samples, 2 rounds." in text and "- **3x.** `speca`: " in text.split("## In seconds")[1]
+    fast = rows_of([("speca", "speca", [(5.0, 30.0), (6.0, 20.0)])])
+    assert "does not reach 3x" in benchmarks.model_page("toy", fast)
     worse = [(n, f, [(s, q + 8 * (n == "taylor-1")) for s, q in p]) for n, f, p in FIELD]
-    assert "SpeCa is worse by the mean (-" in benchmarks.document({"toy": rows_of(worse)})
+    assert "SpeCa is worse by the mean (-" in benchmarks.model_page("toy", rows_of(worse))
     plots.plot(rows, tmp_path, "bench-toy")
     assert (tmp_path / "bench-toy.svg").stat().st_size > 10_000 and (tmp_path / "bench-toy.png").is_file()
+
+
+def test_the_first_page_begins_with_one_table_and_has_a_plot_for_each_model() -> None:
+    """The best of each kind beside SpeCa at each speed; what does not reach a speed is left open."""
+    text = benchmarks.overview({"toy": rows_of(FIELD), "other": rows_of(FIELD[:1])}, gpu=True)
+    lines = text.splitlines()
+    head = next(k for k, line in enumerate(lines) if line.startswith("|"))
+    assert head < 10 and sum(line.startswith("| --- ") for line in lines) == 1, "one table, and it comes first"
+    body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[head + 2 : head + 8]]
+    assert [row[:2] for row in body] == [[m, f"{s}x"] for m in ("toy", "other") for s in (3, 5, 7)]
+    assert body[0][2:6] == ["2.69x", "**44.7 / 44.5**", "-", "-"] and body[0][6] == "41.3 / 41.1 `taylor-1`"
+    assert body[3][6] == "-" and "`slow`" not in text and "oracle" not in text
+    for model in ("toy", "other"):
+        assert f"](img/bench-{model}.svg)" in text and f"[{model}](benchmarks/{model}.md)" in text
+    assert "[gpu](benchmarks/gpu.md)" in text and "No results are committed yet." in benchmarks.overview({})
 
 
 def test_make_bench_writes_from_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +212,10 @@ def test_make_bench_writes_from_files_alone(tmp_path: Path, monkeypatch: pytest.
         runpy.run_path(str(ROOT / "recipes/benchmarks.py"), run_name="__main__")
     assert done.value.code == 0 and "## toy" in (tmp_path / "b.md").read_text()
     assert (tmp_path / "img/bench-toy.svg").is_file()
+    assert (tmp_path / "b" / "toy.md").read_text().startswith("# Benchmarks of toy")
+    for page_of in (tmp_path / "b.md", tmp_path / "b" / "toy.md"):
+        links = re.findall(r"\]\(([^)]+)\)", page_of.read_text())
+        assert links and [link for link in links if not (page_of.parent / link).is_file()] == []
 
 
 def test_the_page_keeps_what_the_report_says_and_nothing_runs_in_it(tmp_path: Path) -> None:
@@ -232,7 +251,7 @@ def test_signals_of_a_run_and_a_planted_perfect_one() -> None:
     assert found["perfect"]["within effect"] == pytest.approx(1.0) and found["blind"]["auc effect"] == 0.5
     assert found["true error"]["spearman true error"] == pytest.approx(1.0)
     assert {"last block", "first block", "input", "disagreement", "corrector, weighted"} <= found.keys()
-    assert "| perfect | " in "\n".join(report.signal_table([*planted])) and PLAN.steps
+    assert "| perfect | " in "\n".join(tables.signal_table([*planted])) and PLAN.steps
 
 
 def test_signals_need_a_sampler_that_is_linear() -> None:
@@ -265,29 +284,30 @@ def test_the_gpu_suite_runs_in_toy_sizes_and_keeps_to_its_time(tmp_path: Path, m
         towers = by["module towers (the authors' layout)"]["cache_bytes"]
         assert towers > 2 * by["speca, unchecked"]["cache_bytes"]
         assert 0 < model["draft_step"] and model["full_step"] > 0 and model["rejected_step"] > 0
-    text = benchmarks.document({}, out.read_text())
-    assert "| DiT-XL/2 | 1 | eager |" in text and "No results are committed yet." in text
+    assert "| DiT-XL/2 | 1 | eager |" in gpu.gpu_page(json.loads(out.read_text()))
     bench_gpu.main(out, minutes=0.1, tiny=True, device="cpu", repeats=1)
     assert len(json.loads(out.read_text())["left_out"]) >= 3, "there was no time, and it says what was left out"
 
 
-def test_a_setting_that_changed_nothing_lends_no_decibels() -> None:
+def test_no_decibels_are_read_between_a_setting_that_changed_nothing_and_a_fast_one() -> None:
     """Between a run that skips nothing, 150 dB by convention, and a fast one there is nothing to be read off."""
     rows = rows_of([("speca", "speca", [(1.0, 150.0), (4.0, 40.0), (8.0, 30.0)])])
-    points = report.curves(rows)["speca"]
+    points = results.curves(rows)["speca"]
     assert [p.speed for p in points] == [4.0, 8.0]
     assert pareto.at_speed(points, 3.0) is None
 
 
-def test_the_report_says_whether_adapting_to_each_sample_pays() -> None:
-    """At 30 dB the planned run is 2.0 and the searched one 4.0 times as fast as a full run: twice as dear."""
+def test_the_report_says_whether_adapting_to_each_sample_is_worth_it() -> None:
+    """At 30 dB the planned run is 2.0 and the searched one 4.0 times as fast as a full run: twice the cost."""
     fixed = ("annealed-corrected", "schedule", [(2.0, 40.0), (4.0, 30.0)])
     slow = rows_of([("speca-unprepared", "speca", [(1.5, 40.0), (2.0, 30.0)]), fixed])
-    (told,) = report.adapting(slow, [30.0, 39.0])
-    assert "+100% at 30 dB" in told and "not the 15 % less" in told and "at 39 dB" in told
+    (words,) = tables.adapting(slow, [30.0, 39.0])
+    assert "+100% at 30 dB" in words and "not the 15 % less" in words and "at 39 dB" in words
     fast = rows_of([("speca-unprepared", "speca", [(4.0, 40.0), (8.0, 30.0)]), fixed])
-    assert "-50% at 30 dB" in report.adapting(fast, [30.0])[0] and "It pays" in report.adapting(fast, [30.0])[0]
-    assert report.adapting(rows_of([fixed])) == []
+    assert (
+        "-50% at 30 dB" in tables.adapting(fast, [30.0])[0] and "That is worth it" in tables.adapting(fast, [30.0])[0]
+    )
+    assert tables.adapting(rows_of([fixed])) == []
 
 
 def test_the_same_rows_give_the_same_plots(tmp_path: Path) -> None:
