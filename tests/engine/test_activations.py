@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
 import speca
 import tiny
+from engine.mixes import CLOSE, decisions, distance
 from speca.engine.activations import Peak
+from speca.engine.request import Event, Request
 from speca.engine.scheduler import Scheduler
 
 KIB = 1024
@@ -60,3 +65,58 @@ def test_an_engine_learns_it_from_the_model() -> None:
     with Peak() as peak:
         case.transformer(sample, timestep=zeros, class_labels=zeros)
     assert learnt == peak.most // 2 > 0
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "tolerance": dict(),
+    "budget": dict(speedup=2.5),
+    "one full step": dict(speedup=8.0),
+    "verified": dict(preset=tiny.VERIFYING),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_is_learnt_from_the_first_request_and_then_kept_to(way: str) -> None:
+    """From the first full forward of the first request on, which runs alone until then; later ones start by it."""
+    case = tiny.dit()
+    requests = [
+        dict(class_labels=[n], num_inference_steps=8, generator_seed=n, output_type="np", **WAYS[way]) for n in range(7)
+    ]
+    seen: list[tuple[int, int, int]] = []  # of each event: the request, those that are live, and bytes of a forward
+
+    def listen(event: Event) -> None:
+        if event.kind in ("started", "step"):
+            seen.append((event.index, engine._hub.scheduler.live, engine._hub.scheduler.forward))
+
+    with speca.Engine(case.pipe, max_batch=4, component_batch=1, memory="1GiB", on_event=listen) as engine:
+        roomy = {r.index: r for r in engine.generate(requests)}
+        (size,), forward = engine._hub.scheduler.known.values(), engine._hub.scheduler.forward
+    first = [(live, known) for index, live, known in seen if index == 0]
+    assert first[0] == (1, 0) and seen[len([s for s in seen if s[1] == 1])][1] > 1
+    assert all(known == forward > 0 for index, _, known in seen if index > 0), "measured before any other started"
+    assert max(live for _, live, _ in seen) >= 6
+    held = roomy[0].report.bytes_per_sample * len(roomy[0].report.samples)
+    assert held < size < 2 * held
+    seen.clear()
+    tight = forward * 4 + 3 * size
+    with speca.Engine(case.pipe, max_batch=4, component_batch=1, memory=tight, on_event=listen) as engine:
+        results = {r.index: r for r in engine.generate(requests)}
+        found = engine.statistics
+    assert max(live for _, live, _ in seen) == 3
+    assert found["bytes"] == 0 and found["done"] == 7
+    for n, result in results.items():
+        assert decisions(result) == decisions(roomy[n]) and distance(result, roomy[n]) < CLOSE
+
+
+def test_requests_that_keep_more_are_of_another_size() -> None:
+    names = ["num_inference_steps", "prompt"]
+
+    def size(**asked: Any) -> object:
+        return Request.build({"num_inference_steps": 8, "prompt": "a", **asked}, names, speca.SpecaConfig()).size
+
+    assert size() == size(prompt="b", tolerance=0.02, threshold=0.5)
+    others = [
+        size(num_inference_steps=9), size(speedup=4.0), size(settings=dict(order=2)), size(settings=dict(prior="none")),
+        size(preset="paper"), size(preset=speca.VerifiedConfig(order=2, history_dtype="float16")),
+    ]  # fmt: skip
+    assert len({size(), *others}) == len(others) + 1

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import speca
 import tiny
 from engine.mixes import BUNDLED, CLOSE, PRESETS, TINY, decisions, distance, mix
+from speca.diffusers.accelerator import ATTRIBUTE
 from speca.engine import Engine
 from speca.errors import ConfigError, InputError
-from speca.diffusers.accelerator import ATTRIBUTE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
 TRACE = dict(deadline=None, suppress_health_check=list(HealthCheck))

@@ -13,9 +13,9 @@ import torch
 import speca
 import tiny
 from engine.mixes import CLOSE, decisions, distance
+from speca.diffusers.accelerator import ATTRIBUTE
 from speca.engine import Engine, Event, Future, Result
 from speca.errors import CancelledError
-from speca.diffusers.accelerator import ATTRIBUTE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
 STEPS = 6
@@ -55,8 +55,8 @@ def alive() -> tuple[int, int, int]:
     return tensors, sum(issubclass(t, greenlet.greenlet) for t in found), sum("Pipeline" in t.__name__ for t in found)
 
 
-def alone(case: tiny.Case) -> list[Result]:
-    with Engine(case.pipe, tiny.VERIFYING, mode="one-at-a-time") as engine:
+def alone(case: tiny.Case, preset: Any = tiny.VERIFYING) -> list[Result]:
+    with Engine(case.pipe, preset, mode="one-at-a-time") as engine:
         return list(engine.generate(good(case, n) for n in range(KINDS)))
 
 
@@ -65,10 +65,12 @@ def demand_right(result: Result, oracle: list[Result]) -> None:
     assert decisions(result) == decisions(expected) and distance(result, expected) < CLOSE
 
 
-def test_a_thousand_requests_of_which_many_fail() -> None:
+@pytest.mark.parametrize("preset", [tiny.VERIFYING, "balanced"], ids=["verified", "forecast"])
+def test_a_thousand_requests_of_which_many_fail(preset: Any) -> None:
     """Cancelled at random, too late, wrong and NaN among good ones: those are right, and nothing is kept."""
     case = tiny.flux()
-    oracle, chance = alone(case), random.Random(3)
+    oracle, chance = alone(case, preset), random.Random(3)
+    told = STEPS if preset is tiny.VERIFYING else 2  # forecast steps ask for nothing, and no event tells of them
     hows = {n: chance.choice(["shape", "callback", "late", "cancel"]) for n in range(1000) if chance.random() < 0.4}
     hows[500] = "nan"
     futures: dict[int, Future] = {}
@@ -77,11 +79,11 @@ def test_a_thousand_requests_of_which_many_fail() -> None:
     def listen(event: Event) -> None:
         if event.index in after:
             after[event.index] += event.kind == "step"
-        if hows.get(event.index) == "cancel" and event.kind == "step" and event.step == event.index % STEPS:
+        if hows.get(event.index) == "cancel" and event.kind == "step" and event.step == event.index % told:
             after[event.index] = 0
             futures[event.index].cancel()
 
-    with Engine(case.pipe, tiny.VERIFYING, max_batch=8, memory="4MiB", on_event=listen) as engine:
+    with Engine(case.pipe, preset, max_batch=8, memory="4MiB", on_event=listen) as engine:
         hub, before = engine._hub, (0, 0, 0)
         for n in range(1000):
             asked = broken(case, n, hows[n]) if n in hows else good(case, n)
@@ -96,7 +98,7 @@ def test_a_thousand_requests_of_which_many_fail() -> None:
         results = {n: future.outcome for n, future in futures.items()}
         futures.clear()
         counted = engine.statistics
-        run = case.transformer.__dict__[ATTRIBUTE]
+        accelerator = case.transformer.__dict__[ATTRIBUTE]
         assert not hub.live and not hub.queued and not hub.meet.asked and not len(hub.meet) and not hub._readings
         assert counted["live"] == counted["queued"] == counted["bytes"] == 0
         assert counted["peak_bytes"] <= 4 * 2**20
@@ -113,7 +115,7 @@ def test_a_thousand_requests_of_which_many_fail() -> None:
         assert counted["failed"] == sum(how != "nan" for how in hows.values())
         results.clear()
         gc.collect()
-        assert len(run.courses) <= 1
+        assert len(accelerator.callers) <= 1
         tensors, greenlets, pipelines = alive()
         assert tensors <= before[0] + 20 and greenlets <= before[1] and pipelines <= before[2]
 

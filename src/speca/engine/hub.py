@@ -42,6 +42,7 @@ class Live:
         step: the last step it has begun, -1 before the first.
         kind: of the forward that it waits for.
         drafted: the inputs of its last checked draft, by identity: a full forward of the same ones redoes it.
+        inputs: bytes of the inputs of its last evaluation, and of what may be pending of corrections.
     """
 
     future: Future
@@ -49,6 +50,7 @@ class Live:
     step: int = -1
     kind: Kind = "full"
     drafted: tuple[int, ...] = ()
+    inputs: int = 0
 
 
 def private(pipe: Any, scheduler: Any = None) -> Any:
@@ -216,6 +218,8 @@ class Hub:
 
     def _end(self, ended: Ended) -> None:
         live = self.live.pop(ended.key)
+        if live.inputs and ended.error is None:  # one full step may have been all that it asked for
+            self.scheduler.weigh(ended.key, self._bytes(live))
         self.scheduler.end(ended.key)
         if ended.error is not None and not isinstance(ended.error, Exception):
             live.future.finish(error=ended.error)
@@ -241,8 +245,10 @@ class Hub:
         if step > live.step:
             live.step = step
             live.future.tell("step", step, question.total)
-            if step >= 1 and self.scheduler.memory is not None:
-                self.scheduler.weigh(index, self._bytes(live, question))
+            if self.scheduler.memory is not None:
+                live.inputs = _bytes_of_inputs(question)
+                if step >= 1:
+                    self.scheduler.weigh(index, self._bytes(live))
         inputs = tuple(id(value) for value in question.arguments.values())
         mode = question.mode if isinstance(question, GatedEvaluation) else Mode.FULL
         live.kind = "draft" if mode.drafts else "redone" if inputs == live.drafted else "full"
@@ -262,14 +268,11 @@ class Hub:
         self.scheduler.post(index, Lane.COMPONENT, named, rows=max(1, call.rows), step=live.step + 1)
         self.records.planning += time.perf_counter() - planning
 
-    def _bytes(self, live: Live, asked: Evaluation) -> int:
-        """What a request holds between its steps: features, outputs, what its drafts have led to, and its inputs."""
+    def _bytes(self, live: Live) -> int:
+        """What a request holds between its steps: features or outputs, what its drafts have led to, and its inputs."""
         assert live.caller is not None
         branches = live.caller.branches.values()
-        given = [v for v in asked.arguments.values() if isinstance(v, torch.Tensor)]
-        pending = 4 * given[0].numel() if given else 0  # kept from the first correction on
-        own = sum(v.numel() * v.element_size() for v in given) + pending
-        return sum(branch.bytes() for branch in branches) + len(branches) * own
+        return max(sum(b.bytes() for b in branches), live.caller.costs.peak) + len(branches) * live.inputs
 
     def futures(self) -> list[Future]:
         """Of all requests that have not ended."""
@@ -351,3 +354,10 @@ class Hub:
             count = reading.numbers.numel()
             answer, at = numbers[at : at + count], at + count
             self._go(index, lambda i=index, a=(answer, 0.0): self.meet.answer(i, a))  # type: ignore[misc]
+
+
+def _bytes_of_inputs(asked: Evaluation) -> int:
+    """Bytes of the inputs of a call, and of the corrections that may be pending, which are as large as its sample."""
+    given = [v for v in asked.arguments.values() if isinstance(v, torch.Tensor)]
+    pending = 4 * given[0].numel() if given else 0  # kept from the first correction on
+    return sum(v.numel() * v.element_size() for v in given) + pending

@@ -62,8 +62,8 @@ class Packer:
         return asked.kind, same, None if self._test_uneven(same, asked) else asked.uses
 
     def _test(self, same: Hashable, asked: Evaluation) -> bool:
-        """Whether calls of this kind can be one. Until two of them have met, each is run alone: the first has its bucket
-        to itself, and others have none.
+        """Whether calls of this kind can be one. Until two of them have met, each is run alone: the first has its
+        bucket to itself, and others have none.
 
         A kind is told by all but the content of what rows share, so that a timestep that all rows share does not
         make a kind of every step.

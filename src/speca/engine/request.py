@@ -104,7 +104,9 @@ class Request:
     @property
     def size(self) -> object:
         """Equal for requests that need equal memory: their plain arguments but texts, and the shapes of tensors."""
-        parts: list[object] = [type(self.config), self.config.anchors]
+        c = self.config
+        kept = (c.prior, c.corrector, c.speedup) if isinstance(c, SpecaConfig) else c.history_dtype
+        parts: list[object] = [type(c), c.anchors, kept, type(self.scheduler)]
         for name, value in sorted(self.arguments.items()):
             if isinstance(value, torch.Tensor):
                 parts.append((name, tuple(value.shape), value.dtype))
