@@ -66,4 +66,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) torch
 	@echo "[3/3] installing diffusers, the tools and speca itself (less than a minute)"
 	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps k-diffusion  # its samplers are tried in tests; what else it asks for would break diffusers
 	@touch $@

@@ -58,15 +58,14 @@ def test_select_and_merge_are_inverse() -> None:
     assert torch.equal(later[0][:3], y[:3]) and not later[0][3].any()
 
 
-def test_an_invocation_hands_arguments_on_by_name_or_in_order() -> None:
+def test_an_invocation_hands_arguments_on_by_name() -> None:
     def function(*args: object, **kwargs: object) -> object:
         return args, kwargs
 
     x, y = torch.randn(3, 2), torch.randn(3, 2)
     assert rowwise.Invocation(function, dict(x=1, y=2))() == ((), dict(x=1, y=2))
-    assert rowwise.Invocation(function, {"*0": 1, "*1": 2, "scale": 3})() == ((1, 2), dict(scale=3))
-    (first, second), named = rowwise.Invocation(function, {"*0": x, "*1": 2, "y": y}).on([2, 0], 3)()
-    assert torch.equal(first, x[[2, 0]]) and second == 2 and torch.equal(named["y"], y[[2, 0]])
+    _, named = rowwise.Invocation(function, {"x": x, "t": 2, "y": y}).on([2, 0], 3)()
+    assert torch.equal(named["x"], x[[2, 0]]) and named["t"] == 2 and torch.equal(named["y"], y[[2, 0]])
 
 
 # ------------------------------------------------------------------------------------------------ calls put together

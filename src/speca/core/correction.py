@@ -24,13 +24,13 @@ factor or sign that a pipeline puts on the model's output cancels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .forecast import newton
+from .forecast import lagrange
 from .history import History, on_device
 from .transition import Transition, advance
 
@@ -51,10 +51,7 @@ Interpolation = Callable[[Sequence[float], Sequence[float]], Sequence[Sequence[f
 
 def polynomial(nodes: Sequence[float], targets: Sequence[float]) -> Sequence[Sequence[float]]:
     """Return Lagrange's weights (n, K): those of the polynomial of degree K - 1 through all nodes."""
-    grid = torch.tensor([list(nodes)] * len(targets), dtype=torch.float64)
-    count = torch.full((len(targets),), len(nodes))
-    found: list[list[float]] = newton(grid, count, torch.tensor(targets, dtype=torch.float64), len(nodes) - 1).tolist()
-    return found
+    return [lagrange(nodes, target) for target in targets]
 
 
 def quadrature(
@@ -95,19 +92,18 @@ class Corrector:
         self.trust, self.memory = trust, memory
         self.history = History(depth, rows, torch.float32)
         self.drafts: list[list[Draft]] = [[] for _ in range(rows)]  # since each row's last full step
-        self._drift: Tensor | None = None  # (p, B, ...) how much those drafts have changed the samples from here on
-        self._pending: Tensor | None = None  # (p, B, ...) corrections of the samples from here on, not applied yet
+        # p tensors (B, ...): how much those drafts have changed the samples from here on, and corrections of these
+        # samples that are not applied yet.
+        self._drift: list[Tensor] = []
+        self._pending: list[Tensor] = []
 
-    def forecast(self, rows: Sequence[int], weights: Tensor) -> Tensor:
+    def forecast(self, rows: Sequence[int], weights: Sequence[Sequence[float]]) -> Tensor:
         """Return the weighted sums (n, ...) of the kept outputs, for weights (n, K), newest full step first."""
         return self.history.forecast(rows, weights)[0]
 
     def add_draft(self, rows: Sequence[int], output: Tensor, position: float, transition: Transition) -> None:
         """Record that `rows` used the forecast `output` (n, ...) at the step of index `position`."""
-        assert self._drift is not None
-        index = on_device(list(rows), output.device)
-        drift = advance(list(self._drift.index_select(1, index)), transition, output.float())
-        self._drift.index_copy_(1, index, torch.stack(drift))
+        self._put(self._drift, rows, advance(self._of(self._drift, rows), transition, output.float()))
         for row in rows:
             self.drafts[row].append(Draft(position, transition))
 
@@ -130,59 +126,78 @@ class Corrector:
             The corrections of this sample and of the p - 1 after it, p tensors (n, ...) in fp32, and the estimated
             errors of the drafts (n,): root mean squares of the whole corrections, in units of the straight path.
         """
-        assert self._drift is not None
-        index = on_device(list(rows), output.device)
-        width = 1 + self.history.depth
-        weights = torch.tensor([[[*o, *[0.0] * (width - len(o))] for o in row] for row in omega], dtype=torch.float64)
-        newest = on_device(weights[:, :, 0], output.device, torch.float32)
-        newest = newest.view(*weights.shape[:2], *[1] * (output.dim() - 1))
-        known, moves = output.float(), []
-        for later, drift in enumerate(self._drift.index_select(1, index)):
-            moves.append((known * newest[:, later]).add_(self.forecast(rows, weights[:, later, 1:])).sub_(drift))
+        known, moves, newest = output.float(), [], []
+        for later, drift in enumerate(self._of(self._drift, rows)):
+            newest.append(_column([o[later][0] for o in omega], output))
+            older = self.forecast(rows, [o[later][1:] for o in omega])
+            moves.append((known * newest[-1]).add_(older).sub_(drift))
         # The output answers to the corrected sample, which changes the correction again: solved for, not iterated.
-        answer = moves[0] * here.jacobian / (1 - newest[:, 0] * here.jacobian)
-        moves = [move + answer * new for move, new in zip(moves, newest.unbind(1), strict=True)]
+        answer = moves[0] * here.jacobian / (1 - newest[0] * here.jacobian)
+        moves = [move + answer * new for move, new in zip(moves, newest, strict=True)]
         size = moves[0].flatten(1).square().mean(1).sqrt() / here.size
-        trust = (1 / (1 + (size / self.trust).square())).view(newest[:, 0].shape)
+        trust = (1 / (1 + (size / self.trust).square())).view(-1, *[1] * (output.dim() - 1))
         return [move * trust for move in moves], size
 
     def add_pending(self, rows: Sequence[int], corrections: Sequence[Tensor]) -> None:
         """Note that the samples of `rows` are to be changed by `corrections`, p tensors (n, ...)."""
+        if not self._pending:
+            self._pending = [torch.zeros_like(drift) for drift in self._drift]
         index = on_device(list(rows), corrections[0].device)
-        if self._pending is None:
-            assert self._drift is not None
-            self._pending = torch.zeros_like(self._drift)
-        self._pending.index_add_(1, index, torch.stack(list(corrections)))
+        for pending, correction in zip(self._pending, corrections, strict=True):
+            pending.index_add_(0, index, correction)
 
     def take(self, rows: Sequence[int], here: Transition) -> Tensor | None:
         """Return what to add (n, ...) to the outputs of this step so that the next samples are corrected.
 
         None if nothing is pending. A step whose output is inert cannot carry a correction; it stays pending.
         """
-        if self._pending is None:
+        if not self._pending:
             return None
-        index = on_device(list(rows), self._pending.device)
-        due = advance(list(self._pending.index_select(1, index)), here)
+        due = advance(self._of(self._pending, rows), here)
         taken = torch.zeros_like(due[0]) if here.inert else due[0] / here.effect[0]
         if len(due) == 1:  # without memory everything is applied at once
-            self._pending = None
+            self._pending = []
         else:
             left = [d - effect * taken for d, effect in zip(due, here.effect, strict=True)]
-            self._pending.index_copy_(1, index, torch.stack(left))
+            self._put(self._pending, rows, left)
         return taken
 
     def add_full(self, rows: Sequence[int], output: Tensor, change: Tensor | None = None) -> None:
         """Keep `output` (n, ...) of a full step, plus `change`, as the newest of `rows`; their drafts begin anew."""
         self.history.push(rows, [output.float() if change is None else output.float() + change])
-        if self._drift is None and self.memory:
-            shape = (self.memory, len(self.drafts), *output.shape[1:])
-            self._drift = output.new_zeros(shape, dtype=torch.float32)
-        elif self._drift is not None:
-            self._drift.index_fill_(1, on_device(list(rows), output.device), 0.0)
+        if not self._drift:
+            shape = (len(self.drafts), *output.shape[1:])
+            self._drift = [output.new_zeros(shape, dtype=torch.float32) for _ in range(self.memory)]
+        else:
+            nothing = output.new_zeros((len(rows), *output.shape[1:]), dtype=torch.float32)
+            self._put(self._drift, rows, [nothing.clone() for _ in self._drift])
         for row in rows:
             self.drafts[row] = []
 
+    def _of(self, whole: list[Tensor], rows: Sequence[int]) -> list[Tensor]:
+        """The parts (n, ...) of some rows."""
+        if len(rows) == len(self.drafts):
+            return whole
+        index = on_device(list(rows), whole[0].device)
+        return [tensor.index_select(0, index) for tensor in whole]
+
+    def _put(self, whole: list[Tensor], rows: Sequence[int], parts: list[Tensor]) -> None:
+        """Replace the parts (n, ...) of some rows."""
+        if len(rows) == len(self.drafts):
+            whole[:] = parts
+            return
+        index = on_device(list(rows), parts[0].device)
+        for tensor, part in zip(whole, parts, strict=True):
+            tensor.index_copy_(0, index, part)
+
     def bytes(self) -> int:
         """Return the bytes held, all rows together."""
-        sums = [t.numel() * t.element_size() for t in (self._drift, self._pending) if t is not None]
+        sums = (t.numel() * t.element_size() for t in (*self._drift, *self._pending))
         return self.history.bytes() + sum(sums)
+
+
+def _column(values: list[float], like: Tensor) -> Any:
+    """The numbers (n,) of n rows, to be multiplied with `like` (n, ...): one number if all are equal."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return on_device(values, like.device, torch.float32).view(-1, *[1] * (like.dim() - 1))

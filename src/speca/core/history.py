@@ -58,30 +58,41 @@ class History:
         """How many anchors `row` has, at most `depth`."""
         return min(self.pushes[row], self.depth)
 
-    def forecast(self, rows: Sequence[int], weights: Tensor) -> list[Tensor]:
-        """The weighted sums (n, ...), one per stream, for weights (n, K) newest anchor first.
+    def forecast(self, rows: Sequence[int], weights: Sequence[Sequence[float]] | Tensor) -> list[Tensor]:
+        """Return the weighted sums (n, ...), one for each stream, for weights (n, K), newest kept step first.
 
         Raises:
-            IndexError: a row has no anchor yet.
+            IndexError: a row has nothing kept yet.
         """
         if any(self.pushes[row] == 0 for row in rows):
-            raise IndexError("a row without an anchor cannot be forecast; its first step must be full")
-        newest = torch.tensor([self.pushes[row] - 1 for row in rows])
-        slots = (newest.unsqueeze(1) - torch.arange(weights.shape[1])) % self.depth
-        by_slot = torch.zeros(len(rows), self.depth, dtype=weights.dtype).scatter_(1, slots, weights)
-        used = [k for k in range(self.depth) if bool(by_slot[:, k].any())] or [0]
-        device = self._buffers[0][0].device
-        scale = on_device(by_slot, device, torch.float32)
-        index = None if list(rows) == list(range(self.rows)) else on_device(rows, device)
-        out = []
+            raise IndexError("a row without a full step cannot be forecast; its first step must be full")
+        given = weights.tolist() if isinstance(weights, Tensor) else weights
+        by_slot = [self._by_slot(row, w) for row, w in zip(rows, given, strict=True)]
+        used = [k for k in range(self.depth) if any(w[k] for w in by_slot)] or [0]
+        device, whole = self._buffers[0][0].device, list(rows) == list(range(self.rows))
+        index = None if whole else on_device(rows, device)
+        # Rows with equal weights need no table of them on the device.
+        alike = all(w == by_slot[0] for w in by_slot)
+        scale = None if alike else on_device(by_slot, device, torch.float32)
+        found = []
         for buffer, dtype in zip(self._buffers, self._given, strict=True):
             total: Tensor | None = None
             for k in used:
-                anchor = buffer[k] if index is None else buffer[k].index_select(0, index)
-                w = scale[:, k].view(-1, *[1] * (anchor.dim() - 1))
-                total = anchor * w if total is None else total.addcmul_(anchor.float(), w)
-            out.append(torch.as_tensor(total).to(dtype))
-        return out
+                kept = (buffer[k] if index is None else buffer[k].index_select(0, index)).float()
+                if scale is None:
+                    total = kept * by_slot[0][k] if total is None else total.add_(kept, alpha=by_slot[0][k])
+                else:
+                    w = scale[:, k].view(-1, *[1] * (kept.dim() - 1))
+                    total = kept * w if total is None else total.addcmul_(kept, w)
+            found.append(torch.as_tensor(total).to(dtype))
+        return found
+
+    def _by_slot(self, row: int, weights: Sequence[float]) -> list[float]:
+        """The weights of a row, newest kept step first, in the order of its slots."""
+        found = [0.0] * self.depth
+        for age, weight in enumerate(weights):
+            found[(self.pushes[row] - 1 - age) % self.depth] += weight
+        return found
 
     def gather(self, rows: Sequence[int]) -> History:
         """A copy that holds only `rows`, in that order."""

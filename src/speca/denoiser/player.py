@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.controller import ACCEPTED, FULL, Plan, Planner, Record, rows_of, worst
 from ..core.correction import TRUST, Corrector, polynomial, quadrature
-from ..core.forecast import newton
+from ..core.forecast import lagrange
 from ..core.history import History, on_device
 from ..core.prior import DEPTH, Prior
 from ..core.transition import Transition
@@ -31,6 +31,10 @@ FLOW_DENSITY = 1.75
 """How much denser the full steps of a flow are at the beginning, where no prior places them (measured)."""
 STRAIGHT = 1e-3
 """A sampler whose Jacobians are smaller than this is that of a flow."""
+
+
+extrapolation = lagrange
+"""Without a prior, the polynomial through the kept outputs forecasts the next ones."""
 
 
 @dataclass(frozen=True)
@@ -145,18 +149,16 @@ class Player:
                 main = main + pending
         return [main, *others]
 
-    def _weights(self, records: Sequence[Record], rows: Sequence[int], step: int) -> Tensor:
-        """Forecast weights (n, K), newest full step first, from each row's own full steps."""
-        of = {row: record.anchors for record in records for row in record.rows}
-        if self.prior is not None:
-            known = [self.prior.rule(of[row], [step])[0] for row in rows]
-            return torch.tensor([[*w, *[0.0] * (DEPTH - len(w))] for w in known], dtype=torch.float64)
-        depth = self.planner.config.anchors
-        # Missing full steps are given distinct far positions, so that no gap is zero; their weights are zero.
-        padded = [[*of[row], *(1e6 * (j + 1) for j in range(len(of[row]), depth))] for row in rows]
-        count = torch.tensor([len(of[row]) for row in rows])
-        target = torch.full((len(rows),), float(step), dtype=torch.float64)
-        return newton(torch.tensor(padded, dtype=torch.float64), count, target, self.planner.config.order)
+    def _weights(self, records: Sequence[Record], rows: Sequence[int], step: int) -> list[list[float]]:
+        """Forecast weights (n, K) of each row's own full steps, newest first; rows with equal pasts share them."""
+        of: dict[tuple[float, ...], list[float]] = {}
+        by_row: dict[int, list[float]] = {}
+        for record in records:
+            past = tuple(record.anchors)
+            if past not in of:
+                of[past] = extrapolation(past, step) if self.prior is None else self.prior.rule(past, [step])[0]
+            by_row |= dict.fromkeys(record.rows, of[past])
+        return [by_row[row] for row in rows]
 
     # ------------------------------------------------------------------------------------------- full steps
     def _compute(self, call: Call, records: Sequence[Record]) -> tuple[Any, list[Tensor] | None]:

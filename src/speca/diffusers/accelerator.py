@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import UNPLANNED, Config, SpecaConfig, VerifiedConfig
+from ..config import UNPLANNED, Config, VerifiedConfig
 from ..core.controller import Plan, Planner
 from ..core.prior import Prior
 from ..denoiser.arguments import CACHE_ARGUMENTS, PACKED, argument, sample_name, time_name
@@ -86,6 +86,8 @@ class Accelerator:
         self._home = weakref.ref(home)
         self._warned: set[str] = set()
         self._signature = inspect.signature(type(model).forward)
+        self._ordered = list(self._signature.parameters)[1:]
+        self._names = set(self._ordered)
         self._foreign = ""  # what was found of a cache of diffusers when the last run began
 
     @property
@@ -307,6 +309,8 @@ class Accelerator:
     def _bind(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Invocation:
         """The call with its arguments by name, in the order of the signature; those of `**kwargs` follow, and those of
         `*args` are called "*0", "*1", ..."""
+        if not args and self._names >= kwargs.keys():  # as pipelines do it
+            return Invocation(forward, {name: kwargs[name] for name in self._ordered if name in kwargs})
         bound = dict(self._signature.bind(self.model, *args, **kwargs).arguments)
         bound.pop(next(iter(self._signature.parameters)))
         for name, parameter in self._signature.parameters.items():
@@ -316,8 +320,7 @@ class Accelerator:
                 more = {f"*{place}": value for place, value in enumerate(bound.pop(name))}
                 first = list(bound)[: len(args) - len(more)]  # what was given before them, by position as well
                 bound = {**{n: bound[n] for n in first}, **more, **{n: v for n, v in bound.items() if n not in first}}
-                order = [*first, *more]
-                return Invocation(lambda **given: forward(*[given.pop(n) for n in order], **given), bound)
+                return Invocation(_by_position(forward, [*first, *more]), bound)
         return Invocation(forward, bound)
 
     def _note(self, caller: Caller, text: str) -> None:
@@ -326,6 +329,11 @@ class Accelerator:
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(f"speca: {text}", stacklevel=2)
+
+
+def _by_position(forward: Forward, names: Sequence[str]) -> Forward:
+    """A function that takes everything by name and hands the arguments called `names` on by position."""
+    return lambda **given: forward(*[given.pop(name) for name in names], **given)
 
 
 def kind_of(arguments: dict[str, Any], time: str | None) -> object:

@@ -172,7 +172,7 @@ class VerifiedPlayer:
 
     def _draft_rows(self, work: Work, rows: list[int], weights: Tensor, mode: Mode) -> tuple[Any, Tensor | None]:
         """One forward as a draft of `rows`: its output and, where it is checked, their errors (n,)."""
-        streams, main = self._kept(work.branch).history.forecast(rows, weights), work.finding.main
+        streams, main = self._kept(work.branch).history.forecast(rows, weights.tolist()), work.finding.main
         passed: Passed = self.executor.run(work.on(rows, mode, streams))
         if not passed.features:
             return passed.out, None
