@@ -34,6 +34,21 @@ def test_rows_with_their_own_steps_equal_a_plain_list() -> None:
                 torch.testing.assert_close(stream[i], want, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_of_equal_weights_give_what_each_gives_alone() -> None:
+    """Also where their rings stand differently; weights may be plain numbers, and fewer than are kept."""
+    history = History(3, 3)
+    for step, rows in enumerate(([0, 1, 2], [0, 2], [0, 1, 2], [1])):
+        history.push(rows, [torch.stack([feature(r, step) for r in rows])])
+    for weights in ([0.5, 0.25], [2.0, -1.5, 0.5], [1.0]):
+        together = history.forecast([0, 1, 2], [weights] * 3)[0]
+        tensor = torch.tensor([weights] * 3, dtype=torch.float64)
+        assert torch.equal(history.forecast([0, 1, 2], tensor)[0], together)
+        for row in range(3):
+            torch.testing.assert_close(history.forecast([row], [weights])[0][0], together[row])
+    newest = history.forecast([0, 1, 2], [[1.0]] * 3)[0]
+    torch.testing.assert_close(newest, torch.stack([feature(0, 2), feature(1, 3), feature(2, 2)]))
+
+
 def test_gather_and_scatter_move_rows() -> None:
     history = History(2, 4)
     for step in range(3):

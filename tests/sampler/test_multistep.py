@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -95,23 +96,20 @@ def test_what_outputs_are_made_of_is_read_off(case: str, parts: Any) -> None:
         assert t.jacobian == pytest.approx(0 if t.inert else sum(t.parts) / t.size, abs=1e-3)
 
 
-def far_off(positions: Tensor, count: Tensor, target: Tensor, order: int) -> Tensor:
-    """Forecast weights in the place of `newton`: minus twice the output of the last full step."""
-    weights = torch.zeros_like(positions)
-    weights[:, 0] = -2
-    return weights
+def far_off(nodes: Sequence[float], target: float) -> list[float]:
+    """Forecast weights in the place of `extrapolation`: minus twice the output of the last full step."""
+    return [-2.0, *(0.0 for _ in nodes[1:])]
 
 
-@pytest.mark.parametrize("forecaster", [None, far_off], ids=["lines", "far off"])
+@pytest.mark.parametrize("forecast", [player.extrapolation, far_off], ids=["lines", "far off"])
 @CASES
 def test_samples_are_those_of_the_interpolated_outputs(
-    case: str, forecaster: Any, monkeypatch: pytest.MonkeyPatch
+    case: str, forecast: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drafts of a whole run, corrected by interpolation: from then on each sample, to the last, is the one of a run
     that had been given the interpolated outputs in the first place."""
     monkeypatch.setattr(player, "TRUST", math.inf)  # corrections are taken whole
-    forecaster = forecaster or player.newton
-    monkeypatch.setattr(player, "newton", forecaster)
+    monkeypatch.setattr(player, "extrapolation", forecast)
     scheduler = ready(case)
     steps = [t._replace(jacobian=0.0) for t in scheduler_response(scheduler).transitions]
     total, start = len(steps), torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -131,9 +129,7 @@ def test_samples_are_those_of_the_interpolated_outputs(
                 for j, share in zip(drafted, polynomial(nodes, drafted), strict=True):
                     taken_for[j] = sum((s * outputs[n] for s, n in zip(share, nodes, strict=True)), torch.zeros(()))
         else:
-            grid = torch.tensor([before], dtype=torch.float64)
-            weights = forecaster(grid, torch.tensor([2]), torch.tensor([float(i)], dtype=torch.float64), 1)[0]
-            used = sum((w * outputs[n] for w, n in zip(weights, before, strict=True)), torch.zeros(()))
+            used = sum((w * outputs[n] for w, n in zip(forecast(before, i), before, strict=True)), torch.zeros(()))
         taken_for.append(used)
         largest = max(largest, (out - used).abs().max().item())  # what was handed over to correct earlier steps
         if hasattr(scheduler, "scale_model_input"):
@@ -144,7 +140,7 @@ def test_samples_are_those_of_the_interpolated_outputs(
             assert (x - wanted).norm() < 1e-4 * wanted.norm(), f"step {i}"
     assert branch.records[0].decisions == ["F" if i in full else "A" for i in range(total)]
     assert run.costs.evaluations == len(full) and run.costs.evaluations_full == total
-    assert largest > (0.05 if forecaster is far_off else 1e-3), "there was something to correct"
+    assert largest > (0.05 if forecast is far_off else 1e-3), "there was something to correct"
 
 
 def taken(steps: tuple[Transition, ...], at: int) -> list[float]:
