@@ -116,6 +116,7 @@ def test_rows_that_do_not_are_joined_once_that_was_tested() -> None:
         "one alone, two to compare, then all"
     )
     assert found["lanes"]["full"]["batches"] == full
+    assert found["lanes"]["draft"]["calls"] == 0 < found["accepted"], "a forecast output asks the engine for nothing"
 
 
 def test_a_time_that_all_rows_share_is_tested_once_and_not_at_every_step() -> None:

@@ -25,7 +25,8 @@ class CheckReport:
         verify_block: the block that checks drafts.
         state: arguments of the verify block that are forecast.
         self_test: result of replaying a full step as a draft.
-        bytes_per_sample: what is held per sample during a run with these settings, all branches together.
+        bytes_per_sample: what is held per sample during a run with these settings, all branches together; None where
+            the run is too short to hold anything, or its outputs are not forecast.
         flops_full, flops_draft: of one row and step, full and as a verified draft; None where not counted.
     """
 
@@ -47,11 +48,8 @@ class CheckReport:
 
     def __str__(self) -> str:
         share = f"{self.flops_draft / self.flops_full:.1%}" if self.flops_draft and self.flops_full else "not counted"
-        lines = [
-            f"{self.model}",
-            f"  sampler          {self.sampler}",
-            f"  memory           {(self.bytes_per_sample or 0) / 2**20:.3f} MiB per sample",
-        ]
+        held = f"{self.bytes_per_sample / 2**20:.3f} MiB per sample" if self.bytes_per_sample else "nothing is held"
+        lines = [f"{self.model}", f"  sampler          {self.sampler}", f"  memory           {held}"]
         if not self.supported:
             return "\n".join([*lines, f"  verified drafts  not possible: {self.reason}"])
         return "\n".join(
@@ -90,7 +88,7 @@ def check(target: Any, call: Callable[[], object], preset: str | Config = "balan
             accelerator.curious = False
         if found.supported or sampler.startswith("linear"):
             call()  # once more as it will be, to see what it holds
-            found = dataclasses.replace(found, bytes_per_sample=tested.report().bytes_per_sample)
+            found = dataclasses.replace(found, bytes_per_sample=tested.report().bytes_per_sample or None)
         return dataclasses.replace(found, sampler=sampler)
     finally:
         disable(target)
