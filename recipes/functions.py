@@ -4,9 +4,9 @@
     python recipes/functions.py --samples 16 --steps 30
 
 Nothing but the transformer of the pipeline is used in the loop: it is the denoiser of a sampler function, its velocity
-taken as `denoised = x - sigma v`. Each sampler runs in full, with `speca.Denoiser` at budgets of 3x and 5x, once without
-and once with the calibration that the model brings (which was measured in diffusers' own loop), and with as many calls of
-the model by fewer steps of itself. PSNR of the decoded pictures to the sampler's own full run, median / 5th percentile in
+taken as `denoised = x - sigma v`. Each sampler runs in full, with `speca.Denoiser` at budgets of 3x and 5x, without and
+with the calibration that the model brings (which was measured in diffusers' own loop), and with as many calls of the
+model by fewer steps of itself. PSNR of the decoded pictures to the sampler's own full run, median / 5th percentile in
 dB. Samplers that add noise draw the same noise in each run of equal steps, but not in one of fewer steps.
 """
 

@@ -194,9 +194,9 @@ def run_rows(run: Run) -> list[Row]:
             "computed steps",
             f"{_mean(computed):.1f} of {report.steps} a sample, {_mean(rejected):.1f} after a rejection",
         ),
-        ("FLOPs", f"{report.flops_speedup:.2f}x fewer in the transformer"),
-        ("time", f"{run.seconds:.2f} s in the transformer, {run.seconds_total:.2f} s in all"),
-        ("memory", f"{size(report.bytes_per_sample)} of features kept a sample, while running"),
+        ("FLOPs", f"{report.flops_speedup:.2f}x fewer in the model"),
+        ("time", f"{run.seconds:.2f} s in the model, {run.seconds_total:.2f} s in all"),
+        ("memory", f"{size(report.bytes_per_sample)} kept a sample, while running"),
         *(("note", note) for note in report.notes),
     ]
 
@@ -211,7 +211,7 @@ def comparison_rows(result: Comparison) -> list[Row]:
     kept = f"; {share:.0%} of the saved FLOPs are saved in time" if share and share > 0 else ""
     quality = f"median {decibels(figures['psnr_median'])}, 5th percentile {decibels(figures['psnr_p5'])}"
     measured = (
-        ("transformer", f"{result.wall_speedup:.2f}x the speed ({full.seconds:.2f} s to {speca.seconds:.2f} s){kept}"),
+        ("model", f"{result.wall_speedup:.2f}x the speed ({full.seconds:.2f} s to {speca.seconds:.2f} s){kept}"),
         (
             "whole call",
             f"{result.wall_speedup_total:.2f}x the speed ({full.seconds_total:.2f} s to {speca.seconds_total:.2f} s)",

@@ -80,8 +80,10 @@ class Request:
             call["guidance_scale"] = self.guidance
         name, option = ("class_labels", "--label") if self.labels else ("prompt", "--prompt")
         if name not in accepted:
-            other = "--prompt" if self.labels else "--label"
-            raise InputError(f"{self.model} ({type(pipe).__name__}) does not take {option}; try {other}.")
+            what = f"{self.model} ({type(pipe).__name__})"
+            if not {"class_labels", "prompt"} & accepted.keys():
+                raise InputError(f"{what} takes neither labels nor prompts; call it from Python.")
+            raise InputError(f"{what} does not take {option}; try {'--prompt' if self.labels else '--label'}.")
         values, captions = self._values(pipe)
         turns = [k % len(values) for k in range(len(self.seeds))]
         return {**call, name: [values[k] for k in turns]}, tuple(captions[k] for k in turns)
@@ -147,7 +149,7 @@ def configuration(preset: str, settings: Sequence[str]) -> Config:
 
 
 def _parsed(text: str, hint: Any) -> Any:
-    """`text` as the type `hint`, or unchanged where it is not one: `SpecaConfig` then says what it should be."""
+    """`text` as the type `hint`, or unchanged where it is not one: the configuration then says what it should be."""
     if typing.get_origin(hint) is tuple:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         return tuple(int(part) for part in parts) if all(part.isdecimal() for part in parts) else text
@@ -172,7 +174,7 @@ def at_least(low: int, **options: int | None) -> None:
 def load(model: str, dtype: str, device: str | None, threads: int | None) -> DiffusionPipeline:
     """The pipeline `model` means, on its device, with the libraries below it kept quiet.
 
-    Raises InputError if there is none, UnsupportedModelError if it has no diffusion transformer.
+    Raises InputError if there is none, UnsupportedModelError if it has no denoising model.
     """
     import torch
     from diffusers.utils import logging as diffusers_logging
@@ -187,7 +189,7 @@ def load(model: str, dtype: str, device: str | None, threads: int | None) -> Dif
         torch.set_num_threads(threads)
     place = _device(device)
     pipe = zoo.resolve(model, getattr(torch, dtype))
-    denoisers_of(pipe)  # refuse a UNet before anything else is said about its arguments
+    denoisers_of(pipe)  # refused before anything else is said about its arguments
     return pipe.to(place)
 
 
@@ -230,9 +232,12 @@ def examine(pipe: DiffusionPipeline, model: str, config: Config) -> tuple[CheckR
 
 
 def _short_call(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Arguments of a cheap call that shows how a pipeline uses its transformer: 4 steps, small pictures."""
+    """Arguments of a cheap call that shows how a pipeline uses its model: 4 steps, small pictures."""
     accepted = inspect.signature(pipe.__call__).parameters
     small = {"height": 256, "width": 256, "num_frames": 5}
-    call: dict[str, Any] = {"prompt": "a photo"} if "prompt" in accepted else {"class_labels": [0, 1]}
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    call: dict[str, Any] = {"prompt": "a photo"} if "prompt" in accepted else {}
+    if not call and ("class_labels" in accepted or anything):
+        call = {"class_labels": [0, 1]}
     call |= {name: value for name, value in small.items() if name in accepted}
     return {**call, "num_inference_steps": MIN_STEPS}

@@ -65,3 +65,24 @@ def sample_name(arguments: Mapping[str, Any], time: str | None) -> str | None:
 
 def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 1
+
+
+def kind_of(arguments: dict[str, Any], time: str | None) -> object:
+    """Return what is equal in calls of one kind: shapes without rows, dtypes, devices, and options.
+
+    The dtype of the argument `time` does not count: HunyuanVideo's pipeline gives the first timestep in fp32.
+    """
+    parts: list[object] = []
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            parts.append((name, value.shape[1:], None if name == time else value.dtype, value.device))
+        elif name == time:
+            continue
+        elif isinstance(value, (bool, int, str, type(None))):
+            parts.append((name, value))
+        elif isinstance(value, (list, tuple)):
+            tensors = {(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v) for v in value}
+            parts.append((name, frozenset(tensors)))
+        else:
+            parts.append((name, type(value)))
+    return tuple(parts)

@@ -129,6 +129,8 @@ class Denoiser:
             branch = run.branch(f"call {tuple(x.shape)}", rows)  # a loop that changes the shape begins another branch
             out = run.play(branch, step, evaluate, x, lambda: self._partial.work(invocation, rows, lambda call: call()))
             run.counted(rows)
+            if branch.plain:
+                run.note(f"the model is run plainly from some step on: {branch.plain}.")
         except BaseException:
             self.reset()
             raise

@@ -100,11 +100,16 @@ class Player:
 
         If the form of the output changes, the rest of the branch is run without forecasts; `branch.plain` says why.
         """
-        try:
-            return self._play(call)
-        except UnsupportedModelError as problem:
-            call.branch.give_up(call.step, self.total, str(problem))
-            return call.evaluate(None)
+        branch, began = call.branch, self.executor.now()
+        if not branch.plain:
+            try:
+                return self._play(call)
+            except UnsupportedModelError as problem:
+                branch.give_up(call.step, self.total, str(problem))
+        branch.note_full(call.step, self.total)
+        out = call.evaluate(None)
+        self.costs.count(branch.rows, branch.rows, self.executor.now() - began)
+        return out
 
     def plans(self, branch: Branch, step: int) -> list[Plan]:
         """Return what each sample would do at `step`, without changing anything."""

@@ -112,6 +112,14 @@ class Run:
             self.note(f"nothing is corrected: {branch.uncorrected}.")
         return out
 
+    def plain(self, branch: Branch, step: int, call: Callable[[], Any]) -> Any:
+        """Run a call of all rows of a branch without forecasts, and count it."""
+        branch.note_full(step, self.total)
+        began = self.executor.now()
+        out = self.executor.plain(call)
+        self.costs.count(branch.rows, branch.rows, self.executor.now() - began)
+        return out
+
     def counted(self, rows: int) -> None:
         """Count a call of `rows` rows that is answered, and the memory held after it."""
         self.costs.row_calls += rows

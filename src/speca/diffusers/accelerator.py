@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import UNPLANNED, Config, VerifiedConfig
 from ..core.controller import Plan, Planner
 from ..core.prior import Prior
-from ..denoiser.arguments import CACHE_ARGUMENTS, PACKED, argument, sample_name, time_name
+from ..denoiser.arguments import CACHE_ARGUMENTS, PACKED, argument, kind_of, sample_name, time_name
 from ..denoiser.branch import Branch
 from ..denoiser.calibration import Calibration
 from ..denoiser.executor import Evaluation
@@ -216,8 +216,7 @@ class Accelerator:
         """The main road: planned full steps, forecasts of the output between them."""
         executor, model = caller.executor, id(self.model)
         if branch.plain:
-            branch.note_full(step, run.total)
-            return executor.plain(call)
+            return run.plain(branch, step, call)
 
         def evaluate(rows: Sequence[int] | None) -> Any:
             part = call if rows is None else call.on(rows, branch.rows)
@@ -259,8 +258,7 @@ class Accelerator:
                 self._note(caller, f"{name} runs plainly{where}: {reason}")
             return out
         self._note(caller, f"{name} runs plainly: {reason}.")
-        branch.note_full(step, run.total)
-        return caller.executor.plain(call)
+        return run.plain(branch, step, call)
 
     def _unverifiable(self) -> str:
         """Why drafts that run some blocks only are impossible now, empty if they are possible."""
@@ -272,11 +270,9 @@ class Accelerator:
 
     def _plain(self, caller: Caller, run: Run, call: Invocation, step: int, rows: int) -> Any:
         """A call of a run that is left alone, recorded all the same."""
-        run.branch("call", rows, self._rows_per_sample(rows)).note_full(step, run.total)
+        branch = run.branch("call", rows, self._rows_per_sample(rows))
         caller.took_part(type(self.model).__name__)
-        began = caller.executor.now()
-        out = caller.executor.plain(call)
-        run.costs.count(rows, rows, caller.executor.now() - began)
+        out = run.plain(branch, step, call)
         run.counted(rows)
         return out
 
@@ -334,24 +330,3 @@ class Accelerator:
 def _by_position(forward: Forward, names: Sequence[str]) -> Forward:
     """A function that takes everything by name and hands the arguments called `names` on by position."""
     return lambda **given: forward(*[given.pop(name) for name in names], **given)
-
-
-def kind_of(arguments: dict[str, Any], time: str | None) -> object:
-    """Return what is equal in calls of one kind: shapes without rows, dtypes, devices, and options.
-
-    The dtype of the argument `time` does not count: HunyuanVideo's pipeline gives the first timestep in fp32.
-    """
-    parts: list[object] = []
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            parts.append((name, value.shape[1:], None if name == time else value.dtype, value.device))
-        elif name == time:
-            continue
-        elif isinstance(value, (bool, int, str, type(None))):
-            parts.append((name, value))
-        elif isinstance(value, (list, tuple)):
-            tensors = {(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v) for v in value}
-            parts.append((name, frozenset(tensors)))
-        else:
-            parts.append((name, type(value)))
-    return tuple(parts)

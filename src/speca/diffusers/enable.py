@@ -68,19 +68,7 @@ def enable(
     models = denoisers_of(target)
     config = SpecaConfig.build(preset, **overrides)
     known = _known(calibration, target, models[0])
-    alone = isinstance(target, nn.Module)
-    if alone and scheduler is None and num_inference_steps is None:
-        raise ConfigError(
-            "a single model does not know where a step stands; pass scheduler= (the one you step) "
-            "or num_inference_steps=."
-        )
-    if num_inference_steps is not None and num_inference_steps < MIN_STEPS:
-        raise ConfigError(
-            f"num_inference_steps={num_inference_steps} leaves nothing to forecast; use at least {MIN_STEPS} steps, "
-            "or run without speca."
-        )
-    if branches < 1:
-        raise ConfigError(f"branches={branches} must be 1 or more: how many rows of a call belong to one sample.")
+    _demand_placed(target, scheduler, num_inference_steps, branches)
     for model in models:
         demand_alone(model)
         if isinstance(config, VerifiedConfig):
@@ -98,6 +86,22 @@ def enable(
         disable(target)
         raise
     return target
+
+
+def _demand_placed(target: Any, scheduler: Any, num_inference_steps: int | None, branches: int) -> None:
+    """Refuse what does not say where the steps of a single model stand. Raises `ConfigError`."""
+    if isinstance(target, nn.Module) and scheduler is None and num_inference_steps is None:
+        raise ConfigError(
+            "a single model does not know where a step stands; pass scheduler= (the one you step) "
+            "or num_inference_steps=."
+        )
+    if num_inference_steps is not None and num_inference_steps < MIN_STEPS:
+        raise ConfigError(
+            f"num_inference_steps={num_inference_steps} leaves nothing to forecast; use at least {MIN_STEPS} steps, "
+            "or run without speca."
+        )
+    if branches < 1:
+        raise ConfigError(f"branches={branches} must be 1 or more: how many rows of a call belong to one sample.")
 
 
 def disable(target: Any) -> Any:

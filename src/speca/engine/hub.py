@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..denoiser.arguments import kind_of
 from ..denoiser.executor import Evaluation, Executor
 from ..denoiser.report import Report
-from ..diffusers.accelerator import Accelerator, kind_of
+from ..diffusers.accelerator import Accelerator
 from ..diffusers.caller import Caller
 from ..errors import CancelledError, NotEnabledError
 from ..verified.evaluation import GatedEvaluation

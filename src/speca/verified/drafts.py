@@ -98,9 +98,11 @@ class VerifiedDrafts:
             return self._discover(run, player, work, key)
         if work.finding.supported and not short and not branch.plain:
             return player.play(work), branch.plain
-        branch.note_full(step, run.total)
         reason = "" if work.finding.supported or work.finding is UNKNOWN else work.finding.reason
-        return run.executor.plain(call), reason
+        out, full = run.plain(branch, step, call), work.finding.flops_full
+        if full:
+            run.costs.count_flops(branch.rows * full, branch.rows * full)
+        return out, reason
 
     def _discover(
         self, run: Run, player: VerifiedPlayer, work: Work, key: tuple[object, object, bool]
@@ -110,7 +112,10 @@ class VerifiedDrafts:
         out, finding, features = self._first(run, work.invocation, rows)
         self.findings[key] = finding
         work.branch.note_full(work.step, run.total)
+        run.costs.evaluations += rows
+        run.costs.evaluations_full += rows
         if not finding.supported or not features:
+            run.costs.seconds += run.executor.now() - began
             return out, finding.reason
         found = Work(work.branch, work.step, run.total, work.noise, self.gate, finding, work.invocation)
         player.record(found, work.branch.records, features)
@@ -119,8 +124,6 @@ class VerifiedDrafts:
         )
         if full:
             run.costs.count_flops((rows + 1) * full + rows * (2 * checked + unchecked), rows * full)
-        run.costs.evaluations += rows
-        run.costs.evaluations_full += rows
         run.costs.seconds += run.executor.now() - began
         run.note("cost and time include the self-test, which runs once for a model and input size")
         return out, ""

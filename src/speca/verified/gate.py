@@ -11,13 +11,14 @@ import enum
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedModelError
+from .blocks import onloaded, quick_pass, tensors_of, version_of
 from .layouts import Layout, fit
 
 
@@ -151,7 +152,7 @@ class StandIn:
         passable = bool(names) and all(n is not None or o is None for n, o in zip(names, outputs, strict=True))
         found = passable and any(names)
         is_tuple = not isinstance(out, Tensor)
-        self.slots = Slots(is_tuple, tuple(names), _quick(is_tuple, names, list(bound)[:given])) if found else None
+        self.slots = Slots(is_tuple, tuple(names), quick_pass(is_tuple, names, list(bound)[:given])) if found else None
 
     def pass_through(self, bound: dict[str, Any]) -> Any:
         """The inputs in the structure of the outputs."""
@@ -264,9 +265,9 @@ class Gate:
         bound = stand_in.bind(args, kwargs)
         # A block may write into its inputs, so what the last one was given is kept as a copy.
         kept = {n: v.clone() if isinstance(v, Tensor) else v for n, v in bound.items()}
-        before = [_version(v) for v in bound.values()]
+        before = [version_of(v) for v in bound.values()]
         out = stand_in.block(*args, **kwargs)
-        stand_in.writes = any(v is None for v in before) or before != [_version(v) for v in bound.values()]
+        stand_in.writes = any(v is None for v in before) or before != [version_of(v) for v in bound.values()]
         stand_in.learn(kept, out, len(args))
         if stand_in.slots is not None:
             self.called.append(stand_in)
@@ -292,35 +293,8 @@ class Gate:
         return fit(forecast, like.shape)
 
 
-def _quick(
-    is_tuple: bool, names: Sequence[str | None], positional: Sequence[str]
-) -> Callable[[Sequence[Any], dict[str, Any]], Any] | None:
-    """A fast `pass_through` for calls that give the same arguments by position, None where there is none."""
-    if None in names or is_tuple == (len(names) == 1):
-        return None
-    # Written out for one and two outputs, as nearly all blocks have: faster ways cannot be traced by torch.compile.
-    if all(name in positional for name in names):
-        places = [positional.index(str(name)) for name in names]
-        i, j = places[0], places[-1]
-        if len(places) < 3:
-            return (lambda args, kwargs: (args[i], args[j])) if is_tuple else lambda args, kwargs: args[i]
-        return lambda args, kwargs: tuple([args[place] for place in places])
-    if not any(name in positional for name in names):
-        keys = [str(name) for name in names]
-        n, m = keys[0], keys[-1]
-        if len(keys) < 3:
-            return (lambda args, kwargs: (kwargs[n], kwargs[m])) if is_tuple else lambda args, kwargs: kwargs[n]
-        return lambda args, kwargs: tuple([kwargs[key] for key in keys])
-    return None
-
-
 LIST_TYPES = (nn.ModuleList, GatedModuleList)
 """Exact types: a subclass may already do something of its own when iterated."""
-
-
-def tensors_of(out: Any) -> list[Tensor]:
-    """The tensors among a block's outputs, in order."""
-    return [o for o in ([out] if isinstance(out, Tensor) else out) if isinstance(o, Tensor)]
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -337,28 +311,6 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 def _blocks_of(lists: dict[str, nn.ModuleList]) -> dict[str, list[Any]]:
     return {name: list(blocks._modules.values()) for name, blocks in lists.items()}
-
-
-def onloaded(block: nn.Module) -> AbstractContextManager[None]:
-    """Inside, the weights of a block that runs in a draft are on its device.
-
-    Group offloading of diffusers brings the weights of several blocks when the first of them runs, and takes them away
-    after the last. A draft skips either, and then the block has to ask for its group itself.
-    """
-    registry: Any = getattr(block, "_diffusers_hook", None)
-    hook = registry.hooks.get("group_offloading") if registry is not None else None
-    return nullcontext() if hook is None else _onloaded(hook.group, registry._module_ref)
-
-
-@contextmanager
-def _onloaded(group: Any, block: nn.Module) -> Iterator[None]:
-    if group.onload_leader is not None and group.onload_leader is not block:
-        group.onload_()
-    try:
-        yield
-    finally:
-        if group.offload_leader is not block:
-            group.offload_()
 
 
 def demand_free(model: nn.Module) -> None:
@@ -379,10 +331,3 @@ def demand_free(model: nn.Module) -> None:
 def is_gated(model: nn.Module) -> bool:
     """Whether a gate sits in any block list of the model."""
     return any(isinstance(child, GatedModuleList) for child in model.modules())
-
-
-def _version(value: Any) -> int | None:
-    """How often a tensor was written to, None where torch does not count (inference mode); 0 for anything else."""
-    if not isinstance(value, Tensor):
-        return 0
-    return None if value.is_inference() else value._version

@@ -105,11 +105,14 @@ class VerifiedPlayer:
         Where features do not fit those kept, as the first call could not show, the rest of the branch is run without
         forecasts; `branch.plain` says why.
         """
+        began = self.executor.now()
         try:
             return self._play(work)
         except UnsupportedModelError as problem:
             work.branch.give_up(work.step, work.total, str(problem))
-            return self.executor.plain(work.invocation)
+            out = self.executor.plain(work.invocation)
+            self._count({}, work.branch.records, work, self.executor.now() - began)
+            return out
 
     def _play(self, work: Work) -> Any:
         began, branch = self.executor.now(), work.branch
@@ -214,12 +217,12 @@ class VerifiedPlayer:
         assert isinstance(branch.kept, KeptFeatures)
         return branch.kept
 
-    def _count(self, plans: dict[Plan, list[Record]], full: list[Record], work: Work, seconds: float) -> None:
+    def _count(self, plans: dict[Plan, list[Record]], full: Sequence[Record], work: Work, seconds: float) -> None:
         finding, rows = work.finding, work.branch.rows
         self.costs.count(len(rows_of(full)), rows, seconds)
         spent = (
-            (plans[Plan.CHECKED], finding.flops_checked),
-            (plans[Plan.DRAFT], finding.flops_unchecked),
+            (plans.get(Plan.CHECKED, ()), finding.flops_checked),
+            (plans.get(Plan.DRAFT, ()), finding.flops_unchecked),
             (full, finding.flops_full),
         )
         flops = sum(len(rows_of(records)) * (each or 0.0) for records, each in spent)
