@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..compare.compare import psnr, quantile
-from ..compare.measure import example_call, generate, joined, run_once, split
+from ..compare.measure import example_call, split
 from ..config import SpecaConfig
 from ..core.placement import LEAST, place, shortlist, with_placements
 from ..core.prior import Prior
 from ..denoiser.calibration import Calibration, Trial
-from ..diffusers.companions import bare
-from ..diffusers.components import denoisers_of
+from ..denoiser.denoiser import Denoiser
 from ..errors import InputError
-from .recording import Recording, record
+from .recording import Recording
+from .subject import Generate, LoopSubject, PipelineSubject, Subject
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Progress = Callable[[str], None]
-"""Told in words what comes next."""
+"""Called with what comes next, in words."""
 
 TUNING_SEED, FRESH_SEED = 600_000, 700_000
 OPTIONS = 4  # placements of a number of full steps that are tried
@@ -33,9 +33,10 @@ MARGIN = 1.001  # the tolerance is a little above the error expected, so that ro
 
 
 def calibrate(
-    pipe: DiffusionPipeline,
+    target: DiffusionPipeline | Denoiser,
     call_kwargs: dict[str, Any] | None = None,
     *,
+    loop: Generate | None = None,
     target_psnr: float = 35.0,
     samples: int = 32,
     confidence: float = 0.9,
@@ -49,6 +50,8 @@ def calibrate(
         calibration.save("flux-35.json")
         speca.enable(pipe, calibration="flux-35.json")
 
+        speca.calibrate(denoise, loop=lambda seeds: sample_euler(denoise, noise(seeds), sigmas))   # one's own loop
+
     The outputs of full runs of tuning seeds give the prior, see `core/prior.py`. Numbers of full steps are then tried
     by bisection, each in the placements that the prior thinks best, of which the one with the best mean PSNR is kept.
     A number passes if the k-th smallest PSNR of its n samples meets the target,
@@ -56,36 +59,40 @@ def calibrate(
     the prior is of the same samples, it is then tried on as many fresh seeds, and what those gave is reported.
 
     Args:
-        pipe: a pipeline whose sampler is linear; others cannot be corrected.
-        call_kwargs: its arguments; lists with one entry a sample hold `2 * samples` of them, the second half for the
-            fresh seeds. By default its classes, or a few plain prompts, in turn, and the pipeline's own steps.
-        target_psnr: in dB, above 0.
+        target: a pipeline, or a `Denoiser`, whose sampler is linear; others cannot be corrected.
+        call_kwargs: arguments of the pipeline; lists with one entry a sample hold `2 * samples` of them, the second
+            half for the fresh seeds. By default its classes, or a few plain prompts, in turn, and its own steps.
+        loop: of a `Denoiser`, one's own loop: from a list of seeds to the samples (n, ...) that it draws by calling the
+            denoiser.
+        target_psnr: in dB, above 0; of a loop relative to the range of its samples.
         samples: number of tuning seeds, and of fresh ones; `1 / (1 - confidence) - 1` or more.
         confidence: share of fresh samples that are to meet the target, in (0, 1).
         speedups: budgets for which placements are tried too, as `enable(pipe, speedup=...)` takes them; above 1.
         batch: samples in one call.
+        progress: called with what comes next, in words.
 
     Raises:
         InputError: a value out of range, the sampler is not linear, or half the steps in full miss the target.
     """
     _demand_enough(target_psnr, samples, confidence, speedups)
-    seeds = [*range(TUNING_SEED, TUNING_SEED + samples), *range(FRESH_SEED, FRESH_SEED + samples)]
-    half, other = split(example_call(pipe, seeds) if call_kwargs is None else call_kwargs, seeds, samples)
-    told, batch = progress or (lambda words: None), min(batch, samples)
-    recording = _recorded(pipe, *half, batch, told)
-    tuning, steps = _Half(pipe, *half, recording.images, confidence, batch), len(recording.transitions)
-    tried = _Tried(tuning, recording, told)
+    say, batch = progress or (lambda words: None), min(batch, samples)
+    one, other = _halves(target, call_kwargs, loop, samples, batch)
+    say("full run on tuning seeds")
+    recording = one.record()
+    say("placing full steps")
+    recording = replace(recording, prior=with_placements(recording.prior, recording.transitions))
+    tuning, steps = _Half(one, recording.images, confidence), len(recording.transitions)
+    tried = _Tried(tuning, recording, say)
     trials = _search(tried.attempt, max(LEAST, steps // 10), steps // 2, target_psnr)
     counts = {max(LEAST, math.floor(steps / speedup + 1e-9)) for speedup in speedups}
     trials += [tried.attempt(count) for count in sorted(counts - {t.full_steps for t in trials}, reverse=True)]
     best = _fewest(trials, target_psnr)
-    told("fresh seeds")
-    full = joined([run_once(pipe, *part, None) for part in split(*other, batch)])
-    fresh = _Half(pipe, *other, full.images, confidence, batch)
+    say("fresh seeds")
+    fresh = _Half(other, other.full(), confidence)
     trial, met = fresh.attempt(best.tolerance, tried.prior), sum(value >= target_psnr for value in fresh.values)
     low, high = wilson(met, samples)
     return Calibration(
-        model=type(bare(denoisers_of(pipe)[0])).__name__, scheduler=type(pipe.scheduler).__name__,
+        model=one.model, scheduler=one.scheduler,
         steps=steps, target_psnr=target_psnr, confidence=confidence, tolerance=best.tolerance,
         speedup=trial.speedup, fresh_median=trial.median, fresh_p5=trial.p5, fresh_met=met / samples, fresh_low=low,
         fresh_high=high, tuning_seeds=(TUNING_SEED, samples), fresh_seeds=(FRESH_SEED, samples), trials=tuple(trials),
@@ -93,12 +100,25 @@ def calibrate(
     )  # fmt: skip
 
 
-def _recorded(pipe: Any, call: dict[str, Any], seeds: list[int], batch: int, told: Progress) -> Recording:
-    """Full runs of the tuning seeds, and the placements that their prior gives."""
-    told("full run on tuning seeds")
-    recording = record(pipe, call, seeds, batch)
-    told("placing full steps")
-    return replace(recording, prior=with_placements(recording.prior, recording.transitions))
+def _halves(
+    target: Any, call_kwargs: dict[str, Any] | None, loop: Generate | None, samples: int, batch: int
+) -> tuple[Subject, Subject]:
+    """What is calibrated, with the tuning seeds and with the fresh ones."""
+    tuning = list(range(TUNING_SEED, TUNING_SEED + samples))
+    fresh = list(range(FRESH_SEED, FRESH_SEED + samples))
+    if isinstance(target, Denoiser):
+        if loop is None:
+            raise InputError("calibrate needs the loop of a Denoiser: pass loop=, from seeds to samples (n, ...).")
+        return LoopSubject(target, loop, tuning, batch), LoopSubject(target, loop, fresh, batch)
+    if not isinstance(getattr(target, "components", None), dict):
+        raise InputError(
+            f"calibrate takes a diffusers pipeline, not {type(target).__name__}; of a model in your own loop, make a "
+            "speca.Denoiser and pass it with loop=."
+        )
+    seeds = [*tuning, *fresh]
+    call = example_call(target, seeds) if call_kwargs is None else call_kwargs
+    one, other = (PipelineSubject(target, *part, batch) for part in split(call, seeds, samples))
+    return one, other
 
 
 def _demand_enough(target_psnr: float, samples: int, confidence: float, speedups: Sequence[float]) -> None:
@@ -116,24 +136,19 @@ def _demand_enough(target_psnr: float, samples: int, confidence: float, speedups
 class _Half:
     """The tuning seeds or the fresh ones, and the PSNR of each sample in the last attempt."""
 
-    pipe: DiffusionPipeline
-    call: dict[str, Any]
-    seeds: list[int]
+    subject: Subject
     full: Tensor
     confidence: float
-    batch: int
     values: list[float] = field(default_factory=list)
 
     def attempt(self, tolerance: float, prior: Prior) -> Trial:
-        """What `tolerance` gives with a prior."""
-        config = SpecaConfig.build(tolerance=tolerance)
-        made = generate(self.pipe, self.call, self.seeds, config, batch=self.batch, calibration=prior)
-        assert made.report is not None
-        self.values = psnr(made.images, self.full).tolist()
+        """Return what `tolerance` gives with a prior."""
+        images, report = self.subject.attempt(SpecaConfig(tolerance=tolerance), prior)
+        self.values = psnr(images, self.full).tolist()
         k = math.floor((len(self.values) + 1) * (1 - self.confidence) + 1e-9)
         median, p5 = quantile(self.values, 0.5), quantile(self.values, 0.05)
-        full = max(sample.full + sample.rejected for sample in made.report.samples)
-        return Trial(full, tolerance, made.report.flops_speedup, median, p5, sorted(self.values)[k - 1])
+        full = max(sample.full + sample.rejected for sample in report.samples)
+        return Trial(full, tolerance, report.flops_speedup, median, p5, sorted(self.values)[k - 1])
 
 
 @dataclass
@@ -142,7 +157,7 @@ class _Tried:
 
     tuning: _Half
     recording: Recording
-    told: Progress
+    say: Progress
 
     def __post_init__(self) -> None:
         self.prior = self.recording.prior
@@ -154,7 +169,7 @@ class _Tried:
         options = [p for p in shortlist(prior, steps, count) if p.error * MARGIN < limit][:OPTIONS]
         tried = []
         for number, option in enumerate(options or [place(prior, steps, count)], 1):
-            self.told(f"{count} full steps on tuning seeds, placement {number} of {max(1, len(options))}")
+            self.say(f"{count} full steps on tuning seeds, placement {number} of {max(1, len(options))}")
             placed = replace(self.prior, placed={**self.prior.placed, count: option.steps})
             trial = self.tuning.attempt(option.error * MARGIN, placed)
             tried.append((fmean(self.tuning.values), trial, placed))

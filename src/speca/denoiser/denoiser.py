@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Denoiser:
             )
         known = known_from(calibration)
         self.model, self.config = model, known.fitted(config) if isinstance(known, Calibration) else config
-        self._prior = known.prior if isinstance(known, Calibration) else known
+        self.prior = known.prior if isinstance(known, Calibration) else known
         self.prediction: Prediction = prediction or ("raw" if scheduler is not None else "denoised")
         if self.prediction not in ("denoised", "noise", "velocity", "raw"):
             valid = nearest(str(prediction), ("denoised", "noise", "velocity", "raw"))
@@ -91,6 +92,30 @@ class Denoiser:
         self._run: Run | None = None
         self._step = 0
         self._lost = False
+        self._recorded: list[Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the model, for reports."""
+        return str(getattr(self.model, "__name__", type(self.model).__name__))
+
+    @property
+    def sampler_name(self) -> str:
+        """The name of the sampler function, or the class of the scheduler."""
+        if self._scheduler is not None:
+            return type(self._scheduler).__name__
+        return str(getattr(self._sampler, "__name__", type(self._sampler).__name__))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Inside, every step is computed in full, and the outputs (B, ...) that would be forecast are kept."""
+        self.reset()
+        self._recorded = []
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None
+            self.reset()
 
     @property
     def response(self) -> Response:
@@ -111,6 +136,10 @@ class Denoiser:
 
         invocation = Invocation(function, {"x": x, "sigma": sigma, **more, **kwargs})
         level, rows = broadcast(sigma, x), int(x.shape[0])
+        if self._recorded is not None:
+            returned = invocation()
+            self._recorded.append(to_output(self.prediction, x, level, returned))
+            return returned
         run = self._run_at(level)
         if run is None:
             return invocation()
@@ -146,7 +175,7 @@ class Denoiser:
         """
         if self._run is None:
             raise NotEnabledError("nothing has run yet; call the sampler first, then ask for the report.")
-        return self._run.report(getattr(self.model, "__name__", type(self.model).__name__))
+        return self._run.report(self.name)
 
     def reset(self) -> None:
         """End the run that is under way, as after a loop that was broken off; the next call begins a new one."""
@@ -165,7 +194,7 @@ class Denoiser:
             first = True
         if first:
             self.reset()
-            self._run = Run(self.config, self.response, len(times), self._prior)
+            self._run = Run(self.config, self.response, len(times), self.prior)
         run = self._run
         assert run is not None
         if self._lost or run.idle or not run.planned:

@@ -1,0 +1,66 @@
+"""calibrate for one's own loop: a `Denoiser` and a function from seeds to samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import speca
+
+STEPS = 24
+TIMES = torch.linspace(1, 0, STEPS + 1)
+MIX = torch.randn((8, 8), generator=torch.Generator().manual_seed(0)) / 2
+
+
+def velocity(x: Tensor, t: Tensor) -> Tensor:
+    return torch.tanh(x @ MIX + 2 * t.view(-1, 1)) + x * t.view(-1, 1)
+
+
+def euler(denoise: object, x: Tensor, times: Tensor) -> Tensor:
+    for i in range(len(times) - 1):
+        x = x + denoise(x, times[i].expand(len(x))) * (times[i + 1] - times[i])  # type: ignore[operator]
+    return x
+
+
+def noise(seeds: list[int]) -> Tensor:
+    return torch.stack([torch.randn(8, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def denoiser(**settings: object) -> speca.Denoiser:
+    return speca.Denoiser(velocity, sampler=euler, sigmas=TIMES, prediction="velocity", **settings)  # type: ignore[arg-type]
+
+
+def test_a_loop_is_calibrated_and_its_file_serves_it(tmp_path: Path) -> None:
+    denoise = denoiser()
+    before = denoise.config
+    found = speca.calibrate(
+        denoise, loop=lambda seeds: euler(denoise, noise(seeds), TIMES), target_psnr=40, samples=10, confidence=0.8
+    )
+    assert denoise.config == before and denoise.prior is None
+    assert found.model == "velocity" and found.scheduler == "euler" and found.steps == STEPS
+    assert found.fresh_median > 40 and len(found.trials) >= 2
+    found.save(tmp_path / "loop.json")
+    x = noise(list(range(16)))
+    full = euler(velocity, x, TIMES)
+    ours = denoiser(calibration=tmp_path / "loop.json")
+    gap = (euler(ours, x, TIMES) - full).norm()
+    spent = ours.report().samples[0].full
+    assert spent < STEPS / 2
+    blind = denoiser(speedup=STEPS / spent, prior="none")
+    assert gap < (euler(blind, x, TIMES) - full).norm(), "what was measured helps"
+    assert gap < (euler(velocity, x, torch.linspace(1, 0, spent + 1)) - full).norm()
+
+
+def test_what_cannot_be_calibrated_says_what_to_pass() -> None:
+    with pytest.raises(speca.InputError, match="pass loop="):
+        speca.calibrate(denoiser())
+    with pytest.raises(speca.InputError, match=r"make a speca\.Denoiser and pass it with loop="):
+        speca.calibrate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    denoise = denoiser()
+    with pytest.raises(speca.InputError, match="one sample for each of 10 seeds"):
+        speca.calibrate(denoise, loop=lambda seeds: torch.zeros(3, 8), samples=10, confidence=0.8)
+    with pytest.raises(speca.InputError, match="called the denoiser 0 times, not 24"):
+        speca.calibrate(denoise, loop=noise, samples=10, confidence=0.8)
