@@ -1,4 +1,4 @@
-"""The invariants and the presets on the bundled models that are told in words what to make."""
+"""The invariants and the presets on the bundled models that are asked in words."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 import speca
 import tiny
 from speca import zoo
-from speca.compare import psnr
+from speca.compare.compare import psnr
+from speca.compare.measure import example_call
 from speca.config import PRESETS
-from speca.measure import example_call
 
 SEEDS = [11, 12, 13]
 STEPS = 16
@@ -61,7 +61,7 @@ def test_batch_mates_do_not_matter(emoji: tiny.Case) -> None:
 def test_every_preset_saves_and_stays_close(emoji: tiny.Case, preset: str) -> None:
     plain = emoji(SEEDS, steps=30)
     speca.enable(emoji.pipe, preset)
-    emoji(SEEDS, steps=6)  # the self-test is paid here
+    emoji(SEEDS, steps=6)  # the self-test, where drafts are verified, is part of this run
     images = emoji(SEEDS, steps=30)
     assert speca.report(emoji.pipe).flops_speedup > (1.2 if preset == "faithful" else 1.8)
     if preset != "paper":

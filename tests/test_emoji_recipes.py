@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from speca import zoo
-from speca.cli import app
+from speca.cli.main import app
 
 
 @pytest.fixture(scope="module")

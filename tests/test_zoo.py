@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import tiny
 from speca import InputError, zoo
-from speca.cli_request import Request
+from speca.cli.request import Request
 from speca.zoo.classifier import Classifier
 
 
@@ -30,7 +30,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder.parent
 
 
-def test_a_card_tells_what_the_files_say(shelf: Path) -> None:
+def test_a_card_says_what_the_files_say(shelf: Path) -> None:
     (card,) = zoo.models()
     assert (card.name, card.pipeline, card.makes) == ("tiny-dit", "DiTPipeline", "noise of two kinds")
     assert (card.licence, card.scores) == ("mit", {"agreement": 0.5})

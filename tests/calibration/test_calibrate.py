@@ -12,9 +12,9 @@ import pytest
 
 import speca
 import tiny
-from speca import calibrating
-from speca.calibration import Trial
+from speca.calibration import calibrate as calibrating
 from speca.core.prior import Prior
+from speca.denoiser.calibration import Trial
 
 
 def call(case: tiny.Case, count: int) -> dict[str, Any]:
@@ -23,14 +23,14 @@ def call(case: tiny.Case, count: int) -> dict[str, Any]:
 
 
 def test_target_is_met_and_the_file_sets_the_tolerance(tmp_path: Path) -> None:
-    case, told = tiny.flux(), []
-    found = speca.calibrate(case.pipe, call(case, 10), target_psnr=30, samples=10, confidence=0.8, progress=told.append)
+    case, said = tiny.flux(), []
+    found = speca.calibrate(case.pipe, call(case, 10), target_psnr=30, samples=10, confidence=0.8, progress=said.append)
     passed = [t for t in found.trials if t.bound >= 30]
     assert found.tolerance == max(t.tolerance for t in passed)
     assert found.fresh_low <= found.fresh_met <= found.fresh_high
     assert found.steps == 16 and found.model == "FluxTransformer2DModel"
-    assert told[0] == "full run on tuning seeds" and told[-1] == "fresh seeds"
-    firsts = [words for words in told if "placement 1 of" in words]
+    assert said[0] == "full run on tuning seeds" and said[-1] == "fresh seeds"
+    firsts = [words for words in said if "placement 1 of" in words]
     assert [int(words.split()[0]) for words in firsts] == [t.full_steps for t in found.trials]
     assert "30 dB or more" in str(found)
     file = tmp_path / "found.json"
@@ -44,7 +44,7 @@ def test_target_is_met_and_the_file_sets_the_tolerance(tmp_path: Path) -> None:
     assert speca.report(case.pipe).config["tolerance"] == 0.5
 
 
-def test_placements_are_told_apart_by_running_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_placements_the_best_is_found_by_running_them(monkeypatch: pytest.MonkeyPatch) -> None:
     case, tried = tiny.flux(), []
     original = calibrating._Half.attempt
 

@@ -11,22 +11,26 @@ from typing import Any
 
 import diffusers
 import pytest
+import transformers
 from click.testing import Result
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 from typer.testing import CliRunner
 
 import speca
 import tiny
-from speca import cli_output, compare, measure, zoo
-from speca.cli import app
-from speca.cli_request import Request, class_numbers
+from speca import zoo
+from speca.cli import output
+from speca.cli.main import app
+from speca.cli.request import Request, class_numbers
+from speca.compare import compare, measure
 
 NAMES = ("t-shirt", "trouser", "sneaker", "ankle boot")
 
 
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders as models: `labelled` and `numbered` (DiT with and without class names), `unet`, `empty`."""
+    """Folders as models: `labelled` and `numbered` (DiT with and without class names), `unet`, `embedder`, `empty`."""
     root = tmp_path_factory.mktemp("models")
     pipe = tiny.dit().pipe
     pipe.save_pretrained(root / "numbered")
@@ -38,7 +42,15 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
     )  # fmt: skip
-    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(root / "unet")
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(clip_sample=False)).save_pretrained(root / "unet")
+    small = transformers.SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+    )
+    parts = (
+        transformers.SiglipVisionModel(small), transformers.SiglipImageProcessorPil(),
+        ReduxImageEncoder(redux_dim=8, txt_in_features=8),
+    )  # fmt: skip
+    diffusers.FluxPriorReduxPipeline(*parts).save_pretrained(root / "embedder")
     (root / "empty").mkdir()
     return root
 
@@ -82,7 +94,7 @@ def test_generate_prints_json_and_nothing_else(shelf: Path, here: Path) -> None:
 
 
 def test_compare_writes_the_grid_and_the_figures(shelf: Path, here: Path) -> None:
-    settings = ("--set", "threshold=1e9", "--set", "verify=false", "--set", "forecaster=reuse")
+    settings = ("--preset", "paper", "--set", "threshold=1e9", "--set", "rule=interval", "--set", "forecaster=reuse")
     result = done(
         "generate", shelf / "labelled", "--label", "trouser", "--n", 2, "--steps", 10, "--seed", 40,
         *settings, "--compare", "--json", "--out", "out",
@@ -92,7 +104,7 @@ def test_compare_writes_the_grid_and_the_figures(shelf: Path, here: Path) -> Non
     assert figures["model"] == str(shelf / "labelled")
     assert figures["seeds"] == [sample["seed"] for sample in figures["samples"]] == [40, 41]
     assert figures["config"]["threshold"] == 1e9
-    assert figures["config"]["verify"] is False
+    assert figures["config"]["rule"] == "interval" and figures["config"]["forecaster"] == "reuse"
     assert isinstance(figures["wall_speedup"], float)
     assert figures["command"].startswith("speca ")
     assert {"grid.png", "timeline.png", "image-001.png"} <= {path.name for path in (here / "out").iterdir()}
@@ -100,7 +112,7 @@ def test_compare_writes_the_grid_and_the_figures(shelf: Path, here: Path) -> Non
 
 def test_compare_prints_a_summary(shelf: Path, here: Path) -> None:
     result = done("generate", shelf / "labelled", "--label", 0, "--steps", 6, "--compare")
-    for word in ("transformer", "whole call", "PSNR", "median", "memory"):
+    for word in ("model", "whole call", "PSNR", "median", "memory"):
         assert word in result.stdout
 
 
@@ -153,17 +165,20 @@ def test_a_failure_while_writing_leaves_nothing(
 
 
 # -- wrong input --------------------------------------------------------------------------------------
-LABELLED = ("labelled", "--label", "0")
+LABELLED, PAPER = ("labelled", "--label", "0"), ("--preset", "paper")
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown preset": ((*LABELLED, "--preset", "balancd"), "unknown preset 'balancd'; did you mean 'balanced'?"),
     "misspelt key": ((*LABELLED, "--set", "treshold=1"), "unknown setting 'treshold'; did you mean 'threshold'?"),
     "no key": ((*LABELLED, "--set", "threshold"), "--set takes KEY=VALUE, not 'threshold'; for example"),
     "bad number": ((*LABELLED, "--set", "threshold=high"), "threshold='high' must be of type float"),
     "bad whole number": ((*LABELLED, "--set", "order=1.5"), "order='1.5' must be of type int"),
-    "bad flag": ((*LABELLED, "--set", "verify=maybe"), "verify='maybe' must be of type bool"),
-    "bad choice": ((*LABELLED, "--set", "forecaster=tailor"), "did you mean 'taylor'?"),
+    "bad flag": ((*LABELLED, "--set", "corrector=maybe"), "corrector='maybe' must be of type bool"),
+    "bad choice": ((*LABELLED, "--set", "prior=mesured"), "did you mean 'measured'?"),
+    "bad choice of the paper's": ((*LABELLED, *PAPER, "--set", "forecaster=tailor"), "did you mean 'taylor'?"),
+    "a key of the paper's": ((*LABELLED, "--set", "forecaster=reuse"), "forecaster is a setting of VerifiedConfig"),
+    "a key that is gone": ((*LABELLED, "--set", "verify=false"), "the setting 'verify' is gone; use VerifiedConfig"),
     "out of range": ((*LABELLED, "--set", "threshold=-1"), "threshold=-1.0 is out of range; use a value from 0"),
-    "order without warm-up": ((*LABELLED, "--set", "order=4"), "set warmup=5 or order=1"),
+    "order without warm-up": ((*LABELLED, *PAPER, "--set", "order=4"), "set warmup=5 or order=2"),
     "too few steps": ((*LABELLED, "--steps", "3"), "--steps 3 leaves nothing to forecast; use 4 steps or more"),
     "too many steps": ((*LABELLED, "--steps", "1001"), "--steps 1001 is more than"),
     "no images": ((*LABELLED, "--n", "0"), "--n 0 is out of range; use 1 or more"),
@@ -181,7 +196,8 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "label and prompt": ((*LABELLED, "--prompt", "x"), "give either --label or --prompt, not both."),
     "no label or prompt": (("labelled",), "give either --label or --prompt, for example"),
     "prompt to a class model": (("labelled", "--prompt", "x"), "does not take --prompt; try --label."),
-    "UNet": (("unet", "--label", "0"), "DDPMPipeline has no diffusion transformer."),
+    "label to a model without classes": (("unet", "--label", "0"), "takes neither labels nor prompts; call it from"),
+    "no denoising model": (("embedder", "--label", "0"), "FluxPriorReduxPipeline has no denoising model: none of its"),
     "no model": (("empty", "--label", "0"), "holds no model_index.json"),
     "no such model": (("nonsense", "--label", "0"), "is no bundled model, no folder and no hub id"),
     "a file": (("labelled/model_index.json", "--label", "0"), "is a file; give the pipeline's folder"),
@@ -257,9 +273,12 @@ def test_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None:
 
 
 # -- check, models, the bare command ------------------------------------------------------------------
-def test_check_tells_what_was_found(shelf: Path) -> None:
+def test_check_says_what_was_found(shelf: Path) -> None:
     result = done("check", shelf / "labelled")
-    for word in ("supported", "yes", "transformer_blocks", "self-test", "memory", "class_labels=[0, 1]"):
+    for word in (
+        "sampler", "linear, memory 1", "possible (preset paper)", "transformer_blocks", "self-test", "memory",
+        "class_labels=[0, 1]",
+    ):  # fmt: skip
         assert word in result.stdout
     found = json.loads(done("check", shelf / "labelled", "--json").stdout)
     assert found["supported"] is True
@@ -268,11 +287,20 @@ def test_check_tells_what_was_found(shelf: Path) -> None:
     assert found["call"].startswith("DiTPipeline(")
 
 
+def test_check_of_a_model_without_transformer_blocks_says_what_can_be_done(shelf: Path) -> None:
+    """Outputs of a U-Net are forecast; drafts that are verified need its blocks, which are none."""
+    found = json.loads(done("check", shelf / "unet", "--json").stdout)
+    assert found["supported"] is False and found["reason"]
+    assert found["sampler"].startswith("linear") and found["bytes_per_sample"] > 0
+    assert found["call"] == "DDPMPipeline(num_inference_steps=4)"
+    assert "not possible" in done("check", shelf / "unet").stdout
+
+
 def test_check_of_an_unsupported_model_exits_with_1(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = dict.fromkeys(("bytes_per_sample", "flops_full", "flops_draft"))
     found = speca.CheckReport(
-        model="Odd", supported=False, reason="its blocks take no state", blocks="", verify_block="", state=(),
-        self_test="not run", **plain,
+        model="Odd", supported=False, reason="its blocks take no state", sampler="it draws at random", blocks="",
+        verify_block="", state=(), self_test="not run", **plain,
     )  # fmt: skip
     monkeypatch.setattr(speca, "check", lambda *_: found)
     result = run("check", shelf / "labelled")
@@ -280,9 +308,9 @@ def test_check_of_an_unsupported_model_exits_with_1(shelf: Path, monkeypatch: py
     assert "its blocks take no state" in result.stdout
 
 
-@pytest.mark.parametrize(("model", "sentence"), [("unet", "no diffusion transformer"), ("nope", "no bundled model")])
+@pytest.mark.parametrize(("model", "sentence"), [("embedder", "no denoising model"), ("nope", "no bundled model")])
 def test_check_refuses_what_cannot_be_examined(shelf: Path, model: str, sentence: str) -> None:
-    assert_refused(run("check", shelf / model if model == "unet" else model), sentence)
+    assert_refused(run("check", shelf / model if model == "embedder" else model), sentence)
 
 
 def test_check_says_which_call_failed(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +326,7 @@ def test_models_lists_the_shelf(shelf: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(zoo, "WEIGHTS", shelf)
     assert "labelled" in done("models").stdout
     cards = json.loads(done("models", "--json").stdout)
-    assert {"labelled", "numbered", "unet"} == {card["name"] for card in cards}
+    assert {"labelled", "numbered", "unet", "embedder"} == {card["name"] for card in cards}
     assert all(card["bytes"] > 0 for card in cards)
 
 
@@ -309,7 +337,8 @@ def test_version() -> None:
 def test_help_is_quick_and_complete() -> None:
     """Importing diffusers alone takes seconds."""
     path = {**os.environ, "PYTHONPATH": str(Path(speca.__file__).parents[1])}
-    code = "import sys, speca.cli; print(sorted({'diffusers', 'transformers', 'matplotlib', 'PIL'} & set(sys.modules)))"
+    heavy = ("diffusers", "transformers", "matplotlib", "PIL")
+    code = f"import sys, speca.cli.main; print(sorted({set(heavy)} & set(sys.modules)))"
     listed = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=True)
     assert listed.stdout.strip() == "[]"
     for command in ("generate", "check", "models"):
@@ -321,7 +350,7 @@ def test_help_is_quick_and_complete() -> None:
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"), (2**31, "2.0 GiB")]
 )
 def test_sizes_have_units(count: int, text: str) -> None:
-    assert cli_output.size(count) == text
+    assert output.size(count) == text
 
 
 def test_calibrate_and_generate_with_what_it_found(tmp_path: Path) -> None:
@@ -339,8 +368,12 @@ def test_calibrate_and_generate_with_what_it_found(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["config"]["tolerance"] == found["tolerance"]
 
 
-def test_schedule_from_the_command_line(tmp_path: Path) -> None:
-    settings = ("--set", "controller=schedule", "--set", "schedule=0,1,4", "--set", "warmup=2", "--set", "final=0")
+VERIFIED = (*PAPER, "--set", "rule=schedule", "--set", "order=1", "--set", "warmup=2", "--set", "final=0")
+
+
+@pytest.mark.parametrize("method", [(), VERIFIED], ids=["outputs", "features"])
+def test_schedule_from_the_command_line(tmp_path: Path, method: tuple[str, ...]) -> None:
+    settings = (*method, "--set", "schedule=0,1,4")
     shown = run(
         "generate", "fashion-dit", "--label", "bag", "--steps", "8", *settings, "--out", str(tmp_path), "--json"
     )

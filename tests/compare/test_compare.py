@@ -15,12 +15,15 @@ from PIL import Image
 
 import speca
 import tiny
-from speca import InputError, SpecaError, compare, grid, measure
-from speca.pipeline import ATTRIBUTE
+from speca import InputError, SpecaError
+from speca.compare import compare, grid, measure
+from speca.diffusers.accelerator import ATTRIBUTE
 
 CALL: dict[str, Any] = {"class_labels": [1, 2, 3], "num_inference_steps": 12}
 SEEDS = [7, 8, 9]
-LOOSE = speca.SpecaConfig(threshold=1e9, max_draft=3)
+LOOSE = speca.SpecaConfig(tolerance=1e9, max_draft=3)
+CHECKED = speca.VerifiedConfig(threshold=1e9, threshold_decay=1.0, max_draft=3)
+BOTH = pytest.mark.parametrize("config", [LOOSE, CHECKED], ids=["planned", "verified"])
 
 
 @pytest.fixture(scope="module")
@@ -101,21 +104,25 @@ def test_split_refuses_nothing(seeds: list[int], batch: int) -> None:
         measure.split({}, seeds, batch)
 
 
-def test_batches_do_not_change_samples(pipe: Any) -> None:
-    whole = measure.generate(pipe, CALL, SEEDS, LOOSE)
-    parts = measure.generate(pipe, CALL, SEEDS, LOOSE, batch=2)
+@BOTH
+def test_batches_do_not_change_samples(pipe: Any, config: speca.SpecaConfig | speca.VerifiedConfig) -> None:
+    whole = measure.generate(pipe, CALL, SEEDS, config)
+    parts = measure.generate(pipe, CALL, SEEDS, config, batch=2)
     assert whole.report is not None
     assert parts.report is not None
     torch.testing.assert_close(whole.images, parts.images, atol=1e-5, rtol=0)
     assert [s.index for s in parts.report.samples] == [0, 1, 2]
     assert [s.decisions for s in parts.report.samples] == [s.decisions for s in whole.report.samples]
+    assert any(s.accepted for s in parts.report.samples)
+    assert parts.report.evaluations_full == whole.report.evaluations_full == 12 * 2 * len(SEEDS)
+    assert (parts.report.flops_full is None) == (config is LOOSE), "only counted where drafts are checked"
     assert parts.report.flops_full == pytest.approx(whole.report.flops_full)
 
 
-def test_every_step_is_told_and_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
-    told: list[tuple[int, int]] = []
-    measure.generate(pipe, CALL, SEEDS, LOOSE, batch=2, progress=lambda done, total: told.append((done, total)))
-    assert told == [(k + 1, 24) for k in range(24)]
+def test_every_step_is_reported_and_the_pipeline_is_left_as_it_was(pipe: Any) -> None:
+    seen: list[tuple[int, int]] = []
+    measure.generate(pipe, CALL, SEEDS, LOOSE, batch=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(k + 1, 24) for k in range(24)]
     assert_untouched(pipe)
 
 
@@ -189,8 +196,11 @@ def test_comparison_as_json(compared: compare.Comparison) -> None:
         assert len(sample["decisions"]) == sample["full"] + sample["accepted"] + sample["rejected"] == 12
 
 
-def test_identical_samples_are_null_in_json_and_said_so(pipe: Any, tmp_path: Path) -> None:
-    same = compare.compare(pipe, CALL, SEEDS, speca.SpecaConfig(threshold=0.0))
+@BOTH
+def test_identical_samples_are_null_in_json_and_said_so(
+    pipe: Any, config: speca.SpecaConfig | speca.VerifiedConfig, tmp_path: Path
+) -> None:
+    same = compare.compare(pipe, CALL, SEEDS, dataclasses.replace(config, threshold=0.0))
     figures = json.loads(same.to_json())
     assert figures["psnr_median"] is figures["psnr_p5"] is figures["samples"][0]["psnr"] is None
     assert figures["identical"] == len(SEEDS)
@@ -214,12 +224,15 @@ def test_share_of_saved_flops_that_is_saved_in_time(compared: compare.Comparison
     assert known.saved_wall_share == pytest.approx(0.6 / 0.75)
 
 
+@BOTH
 @pytest.mark.parametrize("name", ["flux", "hunyuan-video-cfg"])
-def test_pipelines_with_embeddings_and_videos_are_compared_too(name: str, tmp_path: Path) -> None:
+def test_pipelines_with_embeddings_and_videos_are_compared_too(
+    name: str, config: speca.SpecaConfig | speca.VerifiedConfig, tmp_path: Path
+) -> None:
     case = tiny.PIPELINES[name]()
     call = {**case.arguments, **case.conditions(SEEDS), "num_inference_steps": 8}
     del call["output_type"]
-    result = compare.compare(case.pipe, call, SEEDS, LOOSE, batch=2)
+    result = compare.compare(case.pipe, call, SEEDS, config, batch=2)
     assert [len(sample.decisions) for sample in result.report.samples] == [8] * len(SEEDS)
     assert all(0 < value < math.inf for value in result.psnr)
     result.grid(tmp_path / "grid.png")

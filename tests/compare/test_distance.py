@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from speca import InputError, distance
+from speca import InputError
+from speca.compare import distance
 
 
 def bars(count: int, seed: int, width: int, horizontal: bool = False) -> Tensor:
@@ -28,10 +29,10 @@ def sets() -> dict[str, Tensor]:
 
 def test_features_do_not_depend_on_the_batch(sets: dict[str, Tensor]) -> None:
     assert sets["one"].shape == (40, 1280)
-    told: list[tuple[int, int]] = []
-    again = distance.features(bars(40, 0, 8)[:10], batch=4, progress=lambda done, total: told.append((done, total)))
+    seen: list[tuple[int, int]] = []
+    again = distance.features(bars(40, 0, 8)[:10], batch=4, progress=lambda done, total: seen.append((done, total)))
     assert torch.allclose(again, sets["one"][:10], atol=1e-4)
-    assert told == [(4, 10), (8, 10), (10, 10)]
+    assert seen == [(4, 10), (8, 10), (10, 10)]
     grey = distance.features(torch.rand(2, 1, 28, 28))
     assert grey.shape == (2, 1280)
 
