@@ -109,3 +109,9 @@ def test_config_is_frozen_and_strict() -> None:
         with pytest.raises(speca.ConfigError):
             config(**wrong)
     assert speca.SpecaConfig(**config().to_dict()) == config()
+
+
+def test_an_error_that_is_no_number_plans_the_shortest_period() -> None:
+    planner, record = Planner(speca.SpecaConfig(tolerance=0.01)), Record(0, (0,))
+    planner.observe(record, float("nan"), 3)
+    assert record.planned == 4 * Planner.SHRINK

@@ -162,7 +162,8 @@ class Planner:
         `error` is a root mean square per element in units of the straight path. After a full step that followed a full
         step it is that of the one draft that was not taken.
         """
-        factor = (self.SAFETY * self.config.tolerance / max(error, 1e-12)) ** (1 / (self.config.anchors + 1))
+        known = math.inf if math.isnan(error) else max(error, 1e-12)  # of a broken sample: as short as possible
+        factor = (self.SAFETY * self.config.tolerance / known) ** (1 / (self.config.anchors + 1))
         record.planned = (drafts + 1) * min(self.GROW, max(self.SHRINK, factor))
 
 
