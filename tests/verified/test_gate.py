@@ -140,6 +140,8 @@ def test_a_hostile_model_runs_plainly_and_correctly(make: Any, rows: int) -> Non
     speca.enable(model, tiny.VERIFYING, num_inference_steps=12, threshold=1e9)
     with pytest.warns(UserWarning, match="runs plainly"):
         assert torch.equal(loop(model, rows), plain)
+    report = speca.report(model)
+    assert report.evaluations == report.evaluations_full == 12 * rows and report.flops_speedup == 1.0
 
 
 def test_a_gated_list_looks_as_it_did() -> None:

@@ -221,7 +221,11 @@ def test_rows_that_turn_out_ragged_in_mid_run_are_run_plainly_from_there() -> No
     step = int(re.findall(r"from step (\d+) on", str(caught[0].message))[0])
     assert [d[step:] for d in decisions(model)] == ["F" * (STEPS - step)] * 3
     assert (got - plain).norm() < 0.02 * plain.norm()
-    assert any("from step" in note for note in speca.report(model).notes)
+    report = speca.report(model)
+    assert any("from step" in note for note in report.notes)
+    computed = sum(sample.full + sample.rejected for sample in report.samples)
+    assert report.evaluations_full == 3 * STEPS and report.evaluations >= computed, "plain steps are counted"
+    assert report.flops is not None and report.flops_full is not None and report.flops_full > 0
 
 
 # -- calls ----------------------------------------------------------------------------------------------
