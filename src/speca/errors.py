@@ -27,7 +27,7 @@ class NotEnabledError(SpecaError, LookupError):
 
 
 class QueueFullError(SpecaError, RuntimeError):
-    """An engine has as many requests waiting as it was told to keep; try again later."""
+    """An engine has as many requests waiting as `max_queue` allows; try again later."""
 
 
 class CancelledError(SpecaError, RuntimeError):

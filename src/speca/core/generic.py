@@ -1,4 +1,4 @@
-"""The generic prior: what outputs are like along the trajectories of a model that nobody has measured.
+"""The generic prior: second moments of the outputs of a model that nobody has measured, from its sampler alone.
 
 On the path `x = p x_0 + q n` of data of variance `lambda`, were it Gaussian, the sampler's ODE would lead a sample
 along `x = s z` with `s^2 = p^2 lambda + q^2`, where the best guesses are `x_0 = p lambda z / s` and `n = q z / s`.
@@ -9,7 +9,7 @@ process, stationary in log q/p, slow for the most part and with a small fast par
     x_0 moves by  q / (p + q) g,   n by  -p / (p + q) g,   E g g' = sum_k a_k exp(-(log q/p - log q'/p')^2 / (2 l_k^2)).
 
 What an output is made of, `A n + B x_0`, is read off the sampler, which it has to lead from `p x_0 + q n` to
-`p' x_0 + q' n` (`Transition.parts`). So nothing has to be told about a model, whether it predicts noise or velocity.
+`p' x_0 + q' n` (`Transition.parts`). So nothing has to be known of a model: whether it predicts noise or a velocity follows from the sampler.
 The six numbers were fitted once to two models measured, a flow and a DDIM. With few full steps it gains several
 decibels on polynomials; with more it has lost on a third model, and is an option (docs/LOG.md).
 """
@@ -38,13 +38,13 @@ FEW = 6
 
 @lru_cache(maxsize=64)
 def generic(noise: tuple[float, ...], transitions: tuple[Transition, ...]) -> Prior | None:
-    """The prior of a run whose T steps stand at `noise` and do `transitions`; None where their path is unknown."""
+    """Return the prior of a run of T steps at the diffusion times `noise`; None where the sampler's path is unknown."""
     p, q = _path(transitions)
     if (q <= 0).any() or (p < 0).any():
         return None
     found = moments(transitions)
-    told = np.isfinite(found).all() and (np.diag(found) > 0).all()  # not where a sampler leaves its path
-    return Prior(noise, found) if told else None
+    valid = np.isfinite(found).all() and (np.diag(found) > 0).all()  # not where a sampler leaves its path
+    return Prior(noise, found) if valid else None
 
 
 def moments(
@@ -52,7 +52,7 @@ def moments(
     variances: Array = VARIANCES,
     process: Sequence[tuple[float, float]] = PROCESS,
 ) -> Array:
-    """The second moments (T, T) of outputs under the assumptions above."""
+    """Return the second moments (T, T) of outputs under the assumptions above."""
     p, q = _path(transitions)
     of_noise, of_data = np.array([t.parts for t in transitions]).T
     s = np.sqrt(p[:, None] ** 2 * variances + q[:, None] ** 2)

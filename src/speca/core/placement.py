@@ -1,8 +1,8 @@
 """Placement: at which steps to compute in full, so that the error expected at the end is smallest.
 
-A schedule is played as the speculator would play it, on the coefficients of the outputs instead of the outputs: with
-a prior's moments `C` that gives the error to be expected without a model, in a few milliseconds. A schedule is improved
-step by step until no move helps.
+The run of a schedule is computed on coefficients of the outputs instead of the outputs themselves, with the same
+forecasts and corrections. With the moments `C` of a prior that gives the expected error without a model, in a few
+milliseconds. A placement is improved by moving full steps until no move lowers the error.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .prior import DEPTH, Array, Prior
 from .transition import Transition, advance
 
 LEAST = 4
-"""Fewer full steps than this are not planned for."""
+"""The fewest full steps that a tolerance may choose."""
 
 MOVES, MOVES_OF_TWO = (-1, 1, -2, 2, -4, 4), (-1, 1, -2, 2)
-BENDS = (0.9, 1.2, 1.6)
+DENSITIES = (0.9, 1.2, 1.6)
 SWEEPS = 12
 
 
@@ -31,14 +31,14 @@ Change = list[Array]
 
 @dataclass(frozen=True)
 class Placement:
-    """The full steps, and the error that is `expected` of them."""
+    """The full steps of a run, and the error that `expected` gives for them."""
 
     steps: tuple[int, ...]
     error: float
 
 
 def place(prior: Prior, transitions: tuple[Transition, ...], count: int) -> Placement:
-    """The best `count` full steps known for a run of the linear sampler `transitions`; the first is among them."""
+    """Return the best `count` full steps known for a run of the linear sampler `transitions`; step 0 is among them."""
     total = len(transitions)
     if count >= total:
         return Placement(tuple(range(total)), 0.0)
@@ -49,26 +49,29 @@ def place(prior: Prior, transitions: tuple[Transition, ...], count: int) -> Plac
 
 @lru_cache(maxsize=512)
 def shortlist(prior: Prior, transitions: tuple[Transition, ...], count: int) -> tuple[Placement, ...]:
-    """Different placements of `count` full steps, fewer than all, none of which a move would better; the best first.
+    """Return different placements of `count` full steps, fewer than all, which no move improves; the best first.
 
     Found by exchange from schedules of different density, once with the second step in full: each full step in turn is
-    moved where that lowers the expected error, alone or together with the next one. What is expected leaves out how
-    outputs answer to a sample that is off, so a run may tell the first ones of the list apart (`speca.calibrate`).
+    moved where that lowers the expected error, alone or together with the next one. The expected error leaves out
+    how outputs change with a sample that is off, so `speca.calibrate` runs the first ones of the list to compare them.
     """
     total, found = len(transitions), dict[tuple[int, ...], Placement]()
     for kept in (1, 2)[:count]:
-        for bend in BENDS:
-            start = {*range(kept - 1), *(step + kept - 1 for step in _start(total - kept + 1, count - kept + 1, bend))}
+        for density in DENSITIES:
+            start = {
+                *range(kept - 1),
+                *(step + kept - 1 for step in _start(total - kept + 1, count - kept + 1, density)),
+            }
             placement = _improved(prior, transitions, start, kept)
             found[placement.steps] = placement
     return tuple(sorted(found.values(), key=lambda placement: placement.error))
 
 
-def _start(total: int, count: int, bend: float) -> set[int]:
-    """`count` steps, the first among them; with a `bend` above 1 denser at the beginning."""
+def _start(total: int, count: int, density: float) -> set[int]:
+    """`count` steps, the first among them; with a `density` above 1 denser at the beginning."""
     steps, room = {0}, total
     for k in range(count - 1, 0, -1):  # from the end, each at least a step before the next
-        room = min(room - 1, max(k, round((total - 1) * (k / (count - 0.5)) ** bend)))
+        room = min(room - 1, max(k, round((total - 1) * (k / (count - 0.5)) ** density)))
         steps.add(room)
     return steps
 
@@ -103,13 +106,13 @@ def _moved(steps: list[int], index: int, total: int) -> list[set[int]]:
 
 
 def with_placements(prior: Prior, transitions: tuple[Transition, ...]) -> Prior:
-    """The prior with placements of up to half the steps, so that they need not be searched when it is used."""
+    """Return the prior with placements of up to half the steps, so that they need not be searched when it is used."""
     counts = range(LEAST, len(transitions) // 2 + 1)
     return replace(prior, placed={count: place(prior, transitions, count).steps for count in counts})
 
 
 def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float) -> Placement:
-    """A placement whose expected error is at most `tolerance`, where one full step fewer would exceed it."""
+    """Return a placement whose expected error is at most `tolerance`, where one full step fewer would exceed it."""
     few, many = LEAST, len(transitions)
     middle = max(few, many // 2)  # up to here a prior may know its placements
     while few < many:
@@ -121,13 +124,13 @@ def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float
 
 
 def expected(prior: Prior, transitions: Sequence[Transition], full: set[int], truth: Array | None = None) -> float:
-    """What the sample is expected to be off by in a run with the `full` steps: root mean square per element.
+    """Return the expected error of the sample in a run with the `full` steps: root mean square per element.
 
     The weights are the prior's, the moments (T, T) its own or those of `truth`.
 
-    Mean squares of the end, and of where outputs are computed, in units of the straight path, are added. The latter
-    are put right by the corrector and do not count in first order; but outputs answer to them, which moments cannot
-    show (measured, docs/LOG.md).
+    The mean square of the error at the end is added to that at the steps where outputs are computed, in units of the
+    straight path. The latter is corrected and has no effect in first order; but outputs change with it in a way that
+    moments cannot show (measured, docs/LOG.md).
     """
     total, moments = len(transitions), prior.moments if truth is None else truth
     none: Change = [np.zeros(total)] * len(transitions[0].keep)
@@ -158,14 +161,14 @@ def expected(prior: Prior, transitions: Sequence[Transition], full: set[int], tr
 
 def _moves(
     prior: Prior, transitions: Sequence[Transition], anchors: Sequence[tuple[int, Array]], drafts: Sequence[int],
-    step: int, told: Array, drift: Change,
+    step: int, output: Array, drift: Change,
 ) -> Change:  # fmt: skip
     """The corrector's moves (`core/correction.py`), on coefficients."""
     nodes = [step, *(a for a, _ in anchors)]
     omega: Change = [np.zeros(len(nodes))] * len(drift)
     for draft, share in zip(drafts, prior.weights(nodes, drafts), strict=True):
         omega = advance(omega, transitions[draft], share)
-    known: Array = np.stack([told, *(c for _, c in anchors)])
+    known: Array = np.stack([output, *(c for _, c in anchors)])
     moves = [o @ known - d for o, d in zip(omega, drift, strict=True)]
     jacobian = transitions[step].jacobian
     answer = moves[0] * jacobian / (1 - float(omega[0][0]) * jacobian)

@@ -1,4 +1,4 @@
-"""The prior: what a model's outputs are like along its trajectories, known before a run begins.
+"""The prior: second moments of a model's outputs along its runs, known before a run begins.
 
 Any forecast or quadrature that is linear in the outputs `v_i` of the steps is judged by their second moments alone,
 
@@ -58,31 +58,31 @@ class Prior:
             raise ConfigError(f"this is no prior of {steps} steps; make one with speca.calibrate.")
 
     def weights(self, nodes: Sequence[int], targets: Sequence[int]) -> Array:
-        """The best weights (targets, nodes) for the outputs at steps `targets` of those at steps `nodes`."""
+        """Return the best linear weights (targets, nodes) of the outputs at steps `nodes` in those at steps `targets`."""
         return _weights(self, tuple(nodes), tuple(targets))
 
     def rule(self, nodes: Sequence[float], targets: Sequence[float]) -> list[list[float]]:
-        """`weights` for positions on the step axis, as plain numbers."""
+        """Return `weights` as plain numbers."""
         found: list[list[float]] = self.weights([int(n) for n in nodes], [int(t) for t in targets]).tolist()
         return found
 
     def at(self, noise: Sequence[float]) -> Prior:
-        """The same prior for a run whose steps stand at `noise`: outputs between two steps are taken to lie between
-        theirs, so the moments are `W C W` with the weights W of linear interpolation."""
+        """Return the same prior for a run whose steps stand at `noise`: outputs between two steps are taken to lie between
+        theirs, so the moments are `W C W^T` with the weights W of linear interpolation."""
         wanted = tuple(noise)
         if len(wanted) == len(self.noise) and np.allclose(wanted, self.noise, atol=1e-4):
             return self
         return _taken(self, wanted)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; of the moments the lower half, row by row, rounded to single precision."""
+        """Return plain values; of the moments the lower half, row by row, rounded to single precision."""
         half = [[float(f"{v:.9g}") for v in row[: i + 1]] for i, row in enumerate(self.moments.tolist())]
         placed = [list(steps) for steps in self.placed.values()]
         return {"noise": list(self.noise), "moments": half, "placed": placed, "noisy": self.noisy}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Prior:
-        """What `to_dict` gave. Raises `ConfigError`, or what malformed values raise."""
+        """Return the prior that `to_dict` was called on. Raises `ConfigError`, or what malformed values raise."""
         steps = len(values["noise"])
         moments = np.zeros((steps, steps))
         for i, row in enumerate(values["moments"]):

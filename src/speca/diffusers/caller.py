@@ -72,7 +72,7 @@ class Caller:
         self.names.reset()
 
     def place(self, given: Any, context: Any) -> Placed | None:
-        """Return where a call stands, None if it cannot be told; a new run begins where a new one is seen."""
+        """Return where a call stands, None if it cannot be found; a new run begins where a new one is seen."""
         if not self.running:
             self._start()
         reads = self.clock.device_reads

@@ -69,7 +69,7 @@ class Clock:
     def place(self, given: Any, context: Any = None) -> Placed | None:
         """Place a call by the timestep given to the model and its CacheContext.
 
-        Returns None if its step cannot be told, and `problem` says why; the call is then to be run plainly.
+        Returns None if its step cannot be found, and `problem` says why; the call is then to be run plainly.
         """
         self.problem = "its step is not on the scheduler's time axis, or its rows differ in time"
         replaced = self._refresh()

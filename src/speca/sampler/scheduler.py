@@ -4,7 +4,7 @@ What a scheduler must offer to be tried:
 
 - `timesteps`: one entry for each call of the model, after `set_timesteps` or however it is made;
 - `step(output, timestep, sample)`, which returns the next sample, a tuple whose first entry it is, or an object with
-  `prev_sample`. Arguments may also be told by their names: `index` or `i` in place of the timestep, for instance;
+  `prev_sample`. Its arguments are also recognised by their names: `index` or `i` in place of the timestep, for instance;
 - optionally `add_noise(x_0, noise, timesteps)` or `scale_noise(x_0, timesteps, noise)`, by which the path is known,
   and `scale_model_input(sample, timestep)`.
 """
@@ -40,7 +40,7 @@ ROLES = {
     "index": ("index", "i", "idx", "step_index", "step"),
     "sample": ("sample", "x", "latents", "x_t", "xt"),
 }
-"""Names by which the arguments of a scheduler's `step` are told apart."""
+"""Names by which the arguments of a scheduler's `step` are recognised."""
 
 
 def scheduler_response(scheduler: Any, begin: int = 0, **options: Any) -> Response:
