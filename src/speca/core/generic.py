@@ -9,7 +9,8 @@ process, stationary in log q/p, slow for the most part and with a small fast par
     x_0 moves by  q / (p + q) g,   n by  -p / (p + q) g,   E g g' = sum_k a_k exp(-(log q/p - log q'/p')^2 / (2 l_k^2)).
 
 What an output is made of, `A n + B x_0`, is read off the sampler, which it has to lead from `p x_0 + q n` to
-`p' x_0 + q' n` (`Transition.parts`). So nothing has to be known of a model: whether it predicts noise or a velocity follows from the sampler.
+`p' x_0 + q' n` (`Transition.parts`). What a model
+predicts, noise or a velocity, need not be known: it follows from the sampler.
 The six numbers were fitted once to two models measured, a flow and a DDIM. With few full steps it gains several
 decibels on polynomials; with more it has lost on a third model, and is an option (docs/LOG.md).
 """

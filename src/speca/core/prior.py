@@ -58,7 +58,7 @@ class Prior:
             raise ConfigError(f"this is no prior of {steps} steps; make one with speca.calibrate.")
 
     def weights(self, nodes: Sequence[int], targets: Sequence[int]) -> Array:
-        """Return the best linear weights (targets, nodes) of the outputs at steps `nodes` in those at steps `targets`."""
+        """Return the best linear weights (targets, nodes) of outputs at steps `nodes` in those at steps `targets`."""
         return _weights(self, tuple(nodes), tuple(targets))
 
     def rule(self, nodes: Sequence[float], targets: Sequence[float]) -> list[list[float]]:
@@ -67,8 +67,10 @@ class Prior:
         return found
 
     def at(self, noise: Sequence[float]) -> Prior:
-        """Return the same prior for a run whose steps stand at `noise`: outputs between two steps are taken to lie between
-        theirs, so the moments are `W C W^T` with the weights W of linear interpolation."""
+        """Return the same prior for a run whose steps stand at `noise`.
+
+        Outputs between two steps are interpolated linearly, so the moments are `W C W^T` with the weights W of that.
+        """
         wanted = tuple(noise)
         if len(wanted) == len(self.noise) and np.allclose(wanted, self.noise, atol=1e-4):
             return self

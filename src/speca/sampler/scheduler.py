@@ -4,7 +4,7 @@ What a scheduler must offer to be tried:
 
 - `timesteps`: one entry for each call of the model, after `set_timesteps` or however it is made;
 - `step(output, timestep, sample)`, which returns the next sample, a tuple whose first entry it is, or an object with
-  `prev_sample`. Its arguments are also recognised by their names: `index` or `i` in place of the timestep, for instance;
+  `prev_sample`. Its arguments are also recognised by name, such as `index` or `i` in place of the timestep;
 - optionally `add_noise(x_0, noise, timesteps)` or `scale_noise(x_0, timesteps, noise)`, by which the path is known,
   and `scale_model_input(sample, timestep)`.
 """

@@ -16,7 +16,7 @@ from .errors import Total, whole
 
 
 def total_of(model: nn.Module) -> Total:
-    """How the parts of an error are put together for `model` as it is now; see `core/verify.py`.
+    """How the parts of an error are put together for `model` as it is now; see `verified/errors.py`.
 
     Every process gets all parts and adds them in the same order, so all decide on the very same bits. A feature that
     is not spread is counted once per process, above and below the fraction, and its error stays what it is.
