@@ -78,7 +78,7 @@ def test_a_model_without_blocks_is_forecast_but_cannot_be_verified() -> None:
     )  # fmt: skip
     pipe = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
-    with pytest.warns(UserWarning, match="no list of blocks"):
+    with pytest.warns(UserWarning, match="do not depend on the blocks before it"):
         found = speca.check(pipe, lambda: pipe(num_inference_steps=8))
     assert not found.supported and "block" in found.reason
     assert found.sampler == "linear, memory 1" and found.bytes_per_sample == 2 * 4 * 3 * 8 * 8 + 4 * 3 * 8 * 8

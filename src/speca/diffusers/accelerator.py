@@ -24,12 +24,12 @@ from ..denoiser.run import Run
 from ..errors import NotEnabledError
 from ..verified.drafts import VerifiedDrafts
 from .caller import Caller
-from .companions import foreign_cache, is_compiled, is_compiled_above, learns_order
+from .companions import bare, foreign_cache, is_compiled, is_compiled_above, is_wrapped_by, learns_order
 from .stack import samples_of_call
 
 ATTRIBUTE = "_speca_accelerator"
 """Attribute of an accelerated model under which its accelerator is found."""
-NOT_COMPILED = "its forward runs uncompiled; disable, compile its blocks with compile_repeated_blocks(), enable"
+COMPILE_BLOCKS = "disable, compile its blocks with compile_repeated_blocks(), enable"
 
 Forward = Callable[..., Any]
 
@@ -122,8 +122,10 @@ class Accelerator:
         """
         caller = self.last = self.caller(pipeline)
         call = self._bind(forward, args, kwargs)
-        if is_compiled_above(self.model):
-            self._note(caller, f"{type(self.model).__name__} was compiled after speca.enable: {NOT_COMPILED}.")
+        wrapped = not caller.running and not self.compiled and is_wrapped_by(self.model, pipeline)
+        if wrapped or is_compiled_above(self.model):
+            text = f"runs uncompiled, as speca was enabled beneath what was compiled: {COMPILE_BLOCKS}"
+            self._note(caller, f"{type(self.model).__name__} {text}.")
         if reason := self._excluded(caller, call.arguments):
             self._note(caller, f"{type(self.model).__name__} runs plainly: {reason}.")
             return caller.executor.plain(lambda: forward(*args, **kwargs))
@@ -145,8 +147,8 @@ class Accelerator:
         owner = pipeline if pipeline is not None else self._home() or self.model
         found = self.callers.get(owner)
         if found is None:
-            siblings = [m.__dict__[ATTRIBUTE] for m in vars(owner).values() if ATTRIBUTE in getattr(m, "__dict__", {})]
-            found = next((a.callers[owner] for a in siblings if owner in a.callers), None)
+            siblings = [accelerator_of(m) for m in vars(owner).values() if isinstance(m, nn.Module)]
+            found = next((a.callers[owner] for a in siblings if a is not None and owner in a.callers), None)
         if found is None:
             of = weakref.ref(owner)  # a pipeline may be dropped, or given another scheduler
             own = pipeline is None and (self.scheduler is not None or self.steps is not None)
@@ -263,7 +265,7 @@ class Accelerator:
     def _unverifiable(self) -> str:
         """Why drafts that run some blocks only are impossible now, empty if they are possible."""
         if self.compiled or is_compiled(self.model):
-            return f"it was compiled as a whole; {NOT_COMPILED}"
+            return f"it was compiled as a whole, and drafts run some of its blocks only: {COMPILE_BLOCKS}"
         if learns_order(self.model):
             return "diffusers learns from this step what to fetch ahead"
         return ""
@@ -330,3 +332,9 @@ class Accelerator:
 def _by_position(forward: Forward, names: Sequence[str]) -> Forward:
     """A function that takes everything by name and hands the arguments called `names` on by position."""
     return lambda **given: forward(*[given.pop(name) for name in names], **given)
+
+
+def accelerator_of(model: nn.Module) -> Accelerator | None:
+    """Return the accelerator of a module, also if `torch.compile(module)` has wrapped the module since."""
+    found: Accelerator | None = model.__dict__.get(ATTRIBUTE) or bare(model).__dict__.get(ATTRIBUTE)
+    return found

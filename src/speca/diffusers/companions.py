@@ -40,13 +40,29 @@ def demand_alone(model: nn.Module) -> None:
     Raises:
         ConfigError: with the remedy.
     """
+    name, registry = type(bare(model)).__name__, bare(model).__dict__.get("_diffusers_hook")
     if cache := foreign_cache(bare(model), thorough=True):
-        raise ConfigError(f"{type(bare(model)).__name__}: {cache}.")
+        raise ConfigError(f"{name}: {cache}.")
+    if registry is not None and bare(registry._module_ref) is not bare(model) and registry.hooks.keys() - {"speca"}:
+        raise ConfigError(
+            f"{name} is a copy.copy of a model with hooks of diffusers ({', '.join(registry.hooks)}), which act on "
+            "that model; enable speca on that one, or copy before its hooks are put on."
+        )
 
 
 def bare(model: nn.Module) -> nn.Module:
     """Return the module that `torch.compile(module)` has wrapped, or the module itself."""
     return model._modules.get("_orig_mod") or model
+
+
+def hookable(model: nn.Module) -> nn.Module:
+    """Return the module whose forward is to be hooked: the compiled wrapper, so that what it wraps is compiled alone.
+
+    Where other hooks of diffusers act inside of the wrapper already, ours has to stand beside them.
+    """
+    registry = bare(model).__dict__.get("_diffusers_hook")
+    beside = registry is not None and registry._module_ref is bare(model) and registry.hooks.keys() - {"speca"}
+    return bare(model) if beside else model
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -61,6 +77,12 @@ def is_compiled_above(model: nn.Module) -> bool:
     """
     forward = model.__dict__.get("forward")
     return hasattr(forward, "_torchdynamo_orig_callable") and not isinstance(forward, partial)
+
+
+def is_wrapped_by(model: nn.Module, owner: Any) -> bool:
+    """Return whether `torch.compile(module)` has wrapped the model since: its pipeline `owner` has the wrapper."""
+    parts = [] if owner is None else [m for m in vars(owner).values() if isinstance(m, nn.Module)]
+    return any(m is not model and bare(m) is model for m in parts)
 
 
 def through_compiled(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

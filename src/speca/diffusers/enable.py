@@ -16,7 +16,7 @@ from ..denoiser.report import Report
 from ..errors import ConfigError, NotEnabledError, UnsupportedModelError
 from ..verified.gate import block_lists, demand_free
 from .accelerator import ATTRIBUTE, Accelerator
-from .companions import bare, demand_alone, plain_copy
+from .companions import bare, demand_alone, hookable, plain_copy
 from .components import controlnets_of, denoisers_of, time_of_call
 
 HOOK = "speca"
@@ -65,7 +65,7 @@ def enable(
             diffusers that is enabled.
         UnsupportedModelError: there is no denoising model here.
     """
-    models = denoisers_of(target)
+    models = [hookable(model) for model in denoisers_of(target)]
     config = SpecaConfig.build(preset, **overrides)
     known = _known(calibration, target, models[0])
     _demand_placed(target, scheduler, num_inference_steps, branches)
@@ -106,9 +106,8 @@ def _demand_placed(target: Any, scheduler: Any, num_inference_steps: int | None,
 
 def disable(target: Any) -> Any:
     """Undo `enable` exactly: forward, classes, attributes and `state_dict` are as before. Harmless if not enabled."""
-    for model in denoisers_of(target):
-        if ATTRIBUTE in model.__dict__:
-            _detach(model)
+    for model, _ in _accelerated(target):
+        _detach(model)
     for model in controlnets_of(target):
         if CONTROLNET in model.__dict__:
             _unhook(model, model.__dict__.pop(CONTROLNET), model.__dict__)
@@ -144,7 +143,7 @@ class Session:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, the target is exactly as without speca; afterwards it goes on with what is known of the model."""
-        found = [(m, m.__dict__[ATTRIBUTE]) for m in denoisers_of(self._target)]
+        found = _accelerated(self._target)
         for model, _ in found:
             _detach(model)
         try:
@@ -178,7 +177,13 @@ def report(target: Any) -> Report:
 
 def accelerators_of(target: Any) -> list[Accelerator]:
     """Return the accelerators of a pipeline's models, or of a model; none if it is not enabled."""
-    return [m.__dict__[ATTRIBUTE] for m in denoisers_of(target) if ATTRIBUTE in m.__dict__]
+    return [accelerator for _, accelerator in _accelerated(target)]
+
+
+def _accelerated(target: Any) -> list[tuple[nn.Module, Accelerator]]:
+    """The accelerated modules of a pipeline, or the module itself, without what has wrapped them since."""
+    models = [m if ATTRIBUTE in m.__dict__ else bare(m) for m in denoisers_of(target)]
+    return [(m, m.__dict__[ATTRIBUTE]) for m in models if ATTRIBUTE in m.__dict__]
 
 
 def _known(calibration: Any, target: Any, model: nn.Module) -> Calibration | Prior | None:
@@ -219,6 +224,8 @@ def _attach(model: nn.Module, accelerator: Accelerator) -> None:
     from .stack import calling_pipeline
 
     inner = bare(model)
+    if isinstance(accelerator.config, VerifiedConfig):
+        accelerator.drafts.gate.attach()
     with _beneath_offloading(model):
         # What must be put back exactly, as diffusers leaves a registry and a forward on the instance.
         accelerator.before = {n: model.__dict__[n] for n in ("forward",) if n in model.__dict__}
@@ -226,8 +233,6 @@ def _attach(model: nn.Module, accelerator: Accelerator) -> None:
             n: inner.__dict__[n] for n in ("_diffusers_hook", "_reset_stateful_cache") if n in inner.__dict__
         }
         register(model, accelerator, HOOK)
-    if isinstance(accelerator.config, VerifiedConfig):
-        accelerator.drafts.gate.attach()
     if not hasattr(inner, "_reset_stateful_cache"):  # classes without CacheMixin: pipelines reset what has the name
         inner.__dict__["_reset_stateful_cache"] = lambda recurse=True: accelerator.end(calling_pipeline())
     model.__dict__[ATTRIBUTE] = accelerator
@@ -254,7 +259,9 @@ def _unhook(model: nn.Module, before: dict[str, Any], where: dict[str, Any]) -> 
     registry = where["_diffusers_hook"]
     unregister(model, HOOK)
     if not registry.hooks:
-        if "_diffusers_hook" not in before:
+        if "_diffusers_hook" in before:
+            where["_diffusers_hook"] = before["_diffusers_hook"]
+        else:
             del where["_diffusers_hook"]
         if "forward" not in before:
             model.__dict__.pop("forward", None)

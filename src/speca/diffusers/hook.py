@@ -134,6 +134,8 @@ def register_controlnet(
 
 def _register(model: nn.Module, hook: ModelHook, name: str) -> None:
     registry = HookRegistry.check_if_exists_or_initialize(model)
+    if registry._module_ref is not model:  # a copy.copy has that of the original, a compiled wrapper what it wraps has
+        registry = bare(model).__dict__["_diffusers_hook"] = HookRegistry(model)
     registry.register_hook(hook, name)
     hook.fn_ref.__class__ = _Reference
     registry.invalidate_child_registries_cache()
