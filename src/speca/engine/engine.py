@@ -16,7 +16,8 @@ from torch import nn
 from ..config import Config, SpecaConfig
 from ..denoiser.executor import Executor
 from ..errors import ConfigError, InputError, QueueFullError, SpecaError, nearest
-from .hub import Hub, play
+from .hub import Hub
+from .play import play
 from .records import plot
 from .request import Event, Future, Request, Result, arguments_of
 from .scheduler import Scheduler
