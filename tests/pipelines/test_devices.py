@@ -28,12 +28,14 @@ from torch import Tensor
 
 import speca
 import tiny
-from speca.core.verify import ERRORS
-from speca.model.shards import total_of
+from speca.verified.errors import ERRORS
+from speca.verified.shards import total_of
 
 LOOSE = dict(preset=tiny.VERIFYING, threshold=1e9, min_draft=0, max_draft=3)
 EXACT = dict(preset=tiny.VERIFYING, threshold=0.0, min_draft=0)
 DRAFTED = "FFF" + "AAAF" * 2 + "AAF"
+FORECAST: dict[str, Any] = dict(schedule=(0, 1, 5, 9))
+"""Settings that forecast outputs, with nothing of the model run in a draft."""
 SEEDS = [3, 8, 5]
 
 
@@ -59,6 +61,24 @@ def assert_exact_and_drafts(case: tiny.Case, plain: Tensor) -> None:
     speca.enable(case.pipe, **LOOSE)
     assert not torch.equal(case(SEEDS), plain)
     assert decisions(case) == [DRAFTED] * len(SEEDS)
+
+
+def assert_forecasts(case: tiny.Case, plain: Tensor) -> None:
+    """Where outputs are forecast: a threshold of 0 gives `plain` bit for bit, and a schedule is kept to; rows are their
+    own."""
+    speca.enable(case.pipe, threshold=0.0)
+    assert torch.equal(case(SEEDS), plain)
+    assert decisions(case) == ["F" * len(DRAFTED)] * len(SEEDS)
+    speca.enable(case.pipe, **FORECAST)
+    images = case(SEEDS)
+    assert not torch.equal(images, plain) and images.dtype == plain.dtype and bool(images.isfinite().all())
+    assert decisions(case) == ["FFAAAFAAAFAAAA"] * len(SEEDS)
+    report = speca.report(case.pipe)
+    assert report.evaluations * len(DRAFTED) == report.evaluations_full * 4 and report.notes == ()
+    assert torch.equal(case(SEEDS), images)
+    if plain.dtype == torch.float32:
+        for seed, image in zip(SEEDS, images, strict=True):
+            torch.testing.assert_close(image, case([seed])[0], rtol=2e-4, atol=2e-4)
 
 
 def assert_rows_are_their_own(case: tiny.Case) -> None:
@@ -101,6 +121,18 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         assert decisions(case) == [DRAFTED] * len(SEEDS)
         held[kept] = speca.report(case.pipe).bytes_per_sample
     assert held["float32"] == 2 * held["model"] == 2 * held["bfloat16"] == 2 * held["float16"] > 0
+    assert_forecasts(case, plain)
+
+
+def test_outputs_are_kept_in_single_precision() -> None:
+    """Forecasts and corrections are differences of outputs, which half precision would not hold."""
+    held = []
+    for dtype in (torch.float32, torch.bfloat16):
+        case = in_dtype(tiny.flux(), dtype)
+        speca.enable(case.pipe, **FORECAST)
+        case(SEEDS)
+        held.append(speca.report(case.pipe).bytes_per_sample)
+    assert held[0] == held[1] > 0
 
 
 def test_int8_weights() -> None:
@@ -116,6 +148,7 @@ def test_int8_weights() -> None:
     speca.enable(case.pipe, **mixed(case))
     assert torch.equal(case(SEEDS), case(SEEDS))
     assert {"A", "R"} <= set("".join(decisions(case)))
+    assert_forecasts(case, plain)
     speca.disable(case.pipe)
     assert torch.equal(case(SEEDS), plain)
     assert all(p is parameters[n] for n, p in case.transformer.named_parameters()), "the weights are as they were"
@@ -182,6 +215,7 @@ def test_adapters(name: str) -> None:
     assert others and not torch.equal(case(SEEDS, **others), plain), "the adapter must have an effect"
     assert_exact_and_drafts(case, plain)
     assert_rows_are_their_own(case)
+    assert_forecasts(case, plain)
 
 
 def test_residuals_of_as_many_blocks_as_rows() -> None:
@@ -233,22 +267,25 @@ OFFLOADS = {
 }
 
 
+@pytest.mark.parametrize("road", ["verified", "forecast"])
 @pytest.mark.parametrize("enabled_first", [False, True], ids=["offload-first", "speca-first"])
 @pytest.mark.parametrize("name", list(OFFLOADS))
-def test_offload(name: str, enabled_first: bool) -> None:
+def test_offload(name: str, enabled_first: bool, road: str) -> None:
     case = tiny.flux()
     plain = case(SEEDS)
+    settings, letters = (LOOSE, DRAFTED) if road == "verified" else (FORECAST, "FFAAAFAAAFAAAA")
     if enabled_first:
-        speca.enable(case.pipe, **LOOSE)
+        speca.enable(case.pipe, **settings)
     OFFLOADS[name](case)
     if not enabled_first:
-        speca.enable(case.pipe, **LOOSE)
+        speca.enable(case.pipe, **settings)
     drafts = []
     for _ in range(2):  # a pipeline with model offload takes its hooks off and puts them on again after each call
         drafts.append(case(SEEDS))
-        assert decisions(case) == [DRAFTED] * len(SEEDS)
+        assert decisions(case) == [letters] * len(SEEDS)
     assert torch.equal(drafts[0], drafts[1]) and not torch.equal(drafts[0], plain)
     assert_exact_and_drafts(case, plain)
+    assert_forecasts(case, plain)
     speca.disable(case.pipe)
     with watched(name, case) as moved:
         assert torch.equal(case(SEEDS), plain)
@@ -331,24 +368,27 @@ def offload_blocks(case: tiny.Case, away: dict[Tensor, Tensor], kind: str, strea
     [("block_level", n, False) for n in (1, 2, 3)]
     + [("leaf_level", None, False), ("block_level", 1, True), ("leaf_level", None, True)],
 )
-def test_groups_of_blocks(kind: str, blocks: int | None, streams: bool, order: str) -> None:
+@pytest.mark.parametrize("road", ["verified", "forecast"])
+def test_groups_of_blocks(kind: str, blocks: int | None, streams: bool, order: str, road: str) -> None:
     """A draft skips blocks that bring, or have fetched ahead, the weights of the block that checks."""
     case = tiny.flux()
     plain = case(SEEDS)
-    speca.enable(case.pipe, **LOOSE)
+    settings = LOOSE if road == "verified" else FORECAST
+    speca.enable(case.pipe, **settings)
     drafted = case(SEEDS)
     if order != "offload between runs":
         speca.disable(case.pipe)
     if order == "speca first":
-        speca.enable(case.pipe, **LOOSE)
+        speca.enable(case.pipe, **settings)
     with two_devices() as away:
         offload_blocks(case, away, kind, Stream() if streams else None, blocks)
         assert bool(next(case.transformer.parameters()).isnan().all()), "the weights must be away"
         if order == "offload first":
-            speca.enable(case.pipe, **LOOSE)
+            speca.enable(case.pipe, **settings)
         assert not case(SEEDS).isnan().any()  # with streams, diffusers learns the order of blocks in the first call
         assert torch.equal(case(SEEDS), drafted)
         assert_exact_and_drafts(case, plain)
+        assert_forecasts(case, plain)
         speca.disable(case.pipe)
         assert torch.equal(case(SEEDS), plain)
 
@@ -404,11 +444,13 @@ def two_processes(folder: Path, settings: dict[str, dict[str, Any]], after: bool
 
 def test_two_processes_decide_alike_and_as_one(tmp_path: Path) -> None:
     case = tiny.flux()
-    settings = {"exact": EXACT, "loose": LOOSE, "mixed": mixed(case)}
+    by_errors = dict(tolerance=0.3, prior="none")  # the full steps follow from numbers that each process reads
+    settings = {"exact": EXACT, "loose": LOOSE, "mixed": mixed(case), "forecast": FORECAST, "by errors": by_errors}
     speca.disable(case.pipe)
     alone = sampled(case, settings)
     ranks = two_processes(tmp_path, settings)
     assert {"A", "R"} <= set("".join(alone["mixed"][1])) and len(set(alone["mixed"][1])) > 1
+    assert {"A", "F"} == set("".join(alone["by errors"][1])) and len(set(alone["by errors"][1])) > 1
     for name, (image, decided, errors) in alone.items():
         (first, decided_first, errors_first), (second, decided_second, errors_second) = (r[name] for r in ranks)
         assert decided_first == decided_second == decided
