@@ -59,7 +59,7 @@ def test_an_engine_learns_it_from_the_model() -> None:
     requests = [dict(class_labels=[k], num_inference_steps=6, generator_seed=k, output_type="np") for k in range(3)]
     with speca.Engine(case.pipe, max_batch=2, memory="64MiB") as engine:
         results = list(engine.generate(requests))
-        learnt = engine._hub.scheduler.forward
+        learnt = engine._loop.scheduler.forward
     assert all(result.error is None for result in results)
     sample, zeros = torch.zeros(2, 4, 4, 4), torch.zeros(2, dtype=torch.long)
     with Peak() as peak:
@@ -86,11 +86,11 @@ def test_memory_is_learnt_from_the_first_request_and_then_kept_to(way: str) -> N
 
     def listen(event: Event) -> None:
         if event.kind in ("started", "step"):
-            seen.append((event.index, engine._hub.scheduler.live, engine._hub.scheduler.forward))
+            seen.append((event.index, engine._loop.scheduler.live, engine._loop.scheduler.forward))
 
     with speca.Engine(case.pipe, max_batch=4, component_batch=1, memory="1GiB", on_event=listen) as engine:
         roomy = {r.index: r for r in engine.generate(requests)}
-        (size,), forward = engine._hub.scheduler.known.values(), engine._hub.scheduler.forward
+        (size,), forward = engine._loop.scheduler.known.values(), engine._loop.scheduler.forward
     first = [(live, known) for index, live, known in seen if index == 0]
     assert first[0] == (1, 0) and seen[len([s for s in seen if s[1] == 1])][1] > 1
     assert all(known == forward > 0 for index, _, known in seen if index > 0), "measured before any other started"

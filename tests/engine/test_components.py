@@ -134,7 +134,7 @@ def test_a_decoder_that_fails_for_one_fails_for_nobody_else(pipe: Any, monkeypat
 def test_what_they_take_counts_towards_the_memory(pipe: Any) -> None:
     with Engine(pipe, max_batch=8, memory="64MiB") as engine:
         list(engine.generate(asked()))
-        weighed = engine._hub.scheduler.component
+        weighed = engine._loop.scheduler.component
     side = 28 * 28 * 4
     assert 16 * side < weighed < 10_000 * side  # of its last, widest maps it holds several
 

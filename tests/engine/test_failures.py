@@ -84,7 +84,7 @@ def test_a_thousand_requests_of_which_many_fail(preset: Any) -> None:
             futures[event.index].cancel()
 
     with Engine(case.pipe, preset, max_batch=8, memory="4MiB", on_event=listen) as engine:
-        hub, before = engine._hub, (0, 0, 0)
+        hub, before = engine._loop, (0, 0, 0)
         for n in range(1000):
             asked = broken(case, n, hows[n]) if n in hows else good(case, n)
             if n == 250:
@@ -196,7 +196,7 @@ def test_a_listener_that_raises_hurts_no_request() -> None:
 def test_a_defect_of_the_engine_lets_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     case = tiny.flux()
     with Engine(case.pipe) as engine:
-        scheduler = engine._hub.scheduler
+        scheduler = engine._loop.scheduler
         with monkeypatch.context() as patch:
             patch.setattr(type(scheduler), "plan", None)
             with pytest.raises(TypeError, match="not callable"):

@@ -12,8 +12,8 @@ from torch import nn
 
 import speca
 import tiny
-from speca.verified.gate import block_lists
 from speca.diffusers.accelerator import ATTRIBUTE
+from speca.verified.gate import block_lists
 
 LOOSE = dict(preset=tiny.VERIFYING, threshold=1e9, min_draft=0, max_draft=3)
 SEEDS = [3, 8, 5]

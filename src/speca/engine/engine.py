@@ -16,7 +16,7 @@ from torch import nn
 from ..config import Config, SpecaConfig
 from ..denoiser.executor import Executor
 from ..errors import ConfigError, InputError, QueueFullError, SpecaError, nearest
-from .hub import Hub
+from .loop import Loop
 from .play import play
 from .records import plot
 from .request import Event, Future, Request, Result, arguments_of
@@ -99,7 +99,7 @@ class Engine:
         self._enabled = not accelerators_of(pipe)
         if self._enabled:
             enable(pipe, self.config)
-        self._hub, self._names, self._on_event = Hub(pipe, scheduler), arguments_of(pipe), on_event
+        self._loop, self._names, self._on_event = Loop(pipe, scheduler), arguments_of(pipe), on_event
         self._numbers = itertools.count()
         self._inbox: deque[Future] = deque()
         self._thread: threading.Thread | None = None
@@ -160,7 +160,7 @@ class Engine:
                 self._condition.notify_all()
             self._thread.join()
             self._thread = None
-        elif self._hub.busy or self._inbox:
+        elif self._loop.busy or self._inbox:
             self._stop()
         if self._enabled:
             disable(self.pipe)
@@ -176,19 +176,19 @@ class Engine:
     @property
     def statistics(self) -> dict[str, Any]:
         """Counts since the engine was made: requests, steps, ticks, reads, waits, and of each lane how full it ran."""
-        scheduler = self._hub.scheduler
+        scheduler = self._loop.scheduler
         now = {"live": scheduler.live, "queued": len(scheduler.queue) + len(self._inbox), "bytes": scheduler.bytes}
-        return {**now, **self._hub.records.to_dict(scheduler)}
+        return {**now, **self._loop.records.to_dict(scheduler)}
 
     def timeline(self, path: str | Path, title: str = "") -> None:
         """Write a picture of what each request did when, and how full the batches were (PNG, SVG or PDF)."""
-        plot(self._hub.records, self._hub.scheduler.max_batch, path, title)
+        plot(self._loop.records, self._loop.scheduler.max_batch, path, title)
 
     # ---------------------------------------------------------------------------------------------- inside
     @property
     def _room(self) -> int:
         """Requests that `generate` has under way: those that may be live, and as many that wait."""
-        scheduler = self._hub.scheduler
+        scheduler = self._loop.scheduler
         ahead = AHEAD * scheduler.max_live
         return ahead if scheduler.max_queue is None else min(ahead, max(1, scheduler.max_queue))
 
@@ -198,8 +198,8 @@ class Engine:
         return Request.build(asked, self._names, self.config)
 
     def _submit(self, request: Request) -> Future:
-        limit = self._hub.scheduler.max_queue
-        waiting = len(self._inbox) + len(self._hub.scheduler.queue)
+        limit = self._loop.scheduler.max_queue
+        waiting = len(self._inbox) + len(self._loop.scheduler.queue)
         if limit is not None and waiting >= max(1, limit):
             raise QueueFullError(f"{waiting} requests are waiting, as many as may; try again later.")
         future = Future(next(self._numbers), request, self._on_event)
@@ -211,7 +211,7 @@ class Engine:
 
     def _cancel(self, index: int) -> None:
         with self._condition:
-            self._hub.cancelled.append(index)
+            self._loop.cancelled.append(index)
             self._condition.notify_all()
 
     def _advance(self, futures: list[Future]) -> None:
@@ -225,16 +225,16 @@ class Engine:
         while self._inbox:
             future = self._inbox.popleft()
             try:
-                self._hub.submit(future)
+                self._loop.submit(future)
             except SpecaError as refused:
                 future.finish(error=refused)
-        self._hub.tick()
+        self._loop.tick()
 
     def _alone(self, future: Future) -> Result:
         """The oracle: the pipeline is called, and nothing else runs."""
         future.begin()
         try:
-            output, report = play(self.pipe, self._hub.accelerators, future, Executor(), lambda mine, caller: None)
+            output, report = play(self.pipe, self._loop.accelerators, future, Executor(), lambda mine, caller: None)
         except Exception as error:
             return future.finish(error=error)
         return future.finish(output, report)
@@ -243,7 +243,7 @@ class Engine:
         with self._condition:
             if self._closing:
                 raise ConfigError("the engine is closed; make a new one.")
-            if self._thread is None and (self._hub.busy or self._inbox):
+            if self._thread is None and (self._loop.busy or self._inbox):
                 raise ConfigError("a loop over engine.generate is under way; finish it first, or submit before it.")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="speca-engine", daemon=True)
@@ -252,20 +252,20 @@ class Engine:
     def _serve(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._inbox or self._hub.busy or self._closing)
+                self._condition.wait_for(lambda: self._inbox or self._loop.busy or self._closing)
                 if self._closing:
                     break
             try:
                 self._tick()
             except BaseException as error:  # a defect of the engine: nobody shall wait for ever
-                self._hub.abandon(error)
+                self._loop.abandon(error)
         self._stop()
 
     def _stop(self) -> None:
         """Cancel everything, and let it end."""
-        for future in [*self._inbox, *self._hub.futures()]:
+        for future in [*self._inbox, *self._loop.futures()]:
             future.cancel()
-        while self._inbox or self._hub.busy:
+        while self._inbox or self._loop.busy:
             self._tick()
 
 

@@ -65,7 +65,7 @@ class Packer:
         """Whether calls of this kind can be one. Until two of them have met, each is run alone: the first has its
         bucket to itself, and others have none.
 
-        A kind is told by all but the content of what rows share, so that a timestep that all rows share does not
+        A kind is everything but the content of what rows share, so that a timestep that all rows share does not
         make a kind of every step.
         """
         kind = asked.kind, rowwise.signature(asked.arguments, asked.rows, _form)

@@ -134,7 +134,7 @@ class Rendezvous:
         self._go(key, self._running[key].throw, error)
 
     def forget(self) -> None:
-        """End all functions, where they are; how they end is told to nobody."""
+        """End all functions where they are; their results and errors are dropped."""
         for key in list(self._running):
             self.throw(key, self._greenlet.GreenletExit())
         self._running.clear()

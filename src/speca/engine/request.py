@@ -1,4 +1,4 @@
-"""What is asked of an engine, what comes back, and what is told in between."""
+"""Requests of an engine, their results, and the events in between."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Request:
         config: how its steps are drafted.
         seed: of its generator; None where the arguments bring generators.
         scheduler: in place of the pipeline's; it is copied.
-        priority: the higher, the sooner; one more is worth 32 ticks of waiting.
+        priority: higher ones start sooner; one more counts as 32 ticks of waiting.
         deadline: seconds after which it is given up, None for never.
         preview: whether its steps come with the predicted clean sample.
         id: whatever tells it from others.
@@ -262,10 +262,10 @@ class Future:
         self._tell(Event(kind, self.index, time.perf_counter() - self.submitted, step, total))
 
     def show(self, clean: torch.Tensor) -> None:
-        """What the sample is going to look like, after the step that was told of last."""
-        told = self.last
+        """Send an event with the predicted clean sample of the last step."""
+        last = self.last
         now = time.perf_counter() - self.submitted
-        self._tell(Event("step", self.index, now, told.step, told.total, clean=clean))
+        self._tell(Event("step", self.index, now, last.step, last.total, clean=clean))
 
     def finish(self, output: Any = None, report: Report | None = None, error: BaseException | None = None) -> Result:
         """It has ended."""
@@ -295,7 +295,7 @@ class Future:
             listener(event)
         except Exception as error:  # an event loop that is gone, or a defect of a callback: no request suffers
             self._listeners.remove(listener)
-            text = f"speca: a listener of request {self.index} raised {error!r}; no more is told to it."
+            text = f"speca: a listener of request {self.index} raised {error!r}; it gets no more events."
             warnings.warn(text, stacklevel=2)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from ..errors import ConfigError, InputError, QueueFullError
 
 PATIENCE = 32
-"""Ticks that a priority one higher is worth, and after which a request may no longer be passed by."""
+"""Ticks of waiting that count as much as one level of priority; after as many a waiting request goes first."""
 
 
 class Lane(enum.Enum):
@@ -176,7 +176,7 @@ class Scheduler:
             self.held[queued.request], self._scout = self.memory, queued.request
 
     def weigh(self, request: int, size: int) -> None:
-        """Told that a live request holds `size` bytes, and so will each of its size."""
+        """Note that a live request holds so many bytes, which is then expected of every request of equal size."""
         if request in self.held:
             queued = self._live[request]
             self.known[queued.size] = max(size, self.known.get(queued.size, 0))

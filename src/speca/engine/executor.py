@@ -17,7 +17,7 @@ from .scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Plain:
-    """A call of the model that is to be run as it is, alone."""
+    """A call of the model to be run alone, without forecasts."""
 
     forward: Callable[[], Any]
 
@@ -33,33 +33,33 @@ Question = Evaluation | Plain | Read | Call
 
 
 class Asking(Protocol):
-    """Where to ask: it gives the answer, and the seconds of the transformer that are this request's share."""
+    """Where evaluations are handed: returns the result, and this request's share of the seconds that it took."""
 
     def ask(self, question: Any) -> tuple[Any, float]: ...
 
 
-class Desk(Executor):
-    """An executor that hands everything on. Its clock leaves out the time spent on others."""
+class RequestExecutor(Executor):
+    """Hands every evaluation to the loop of the engine. Its clock leaves out the time spent on other requests."""
 
     joins = True
 
-    def __init__(self, hub: Asking, scheduler: Scheduler) -> None:
-        self._hub, self._scheduler, self._away = hub, scheduler, 0.0
+    def __init__(self, loop: Asking, scheduler: Scheduler) -> None:
+        self._loop, self._scheduler, self._away = loop, scheduler, 0.0
 
     def run(self, evaluation: Evaluation) -> Any:
         """Return what an evaluation gives, run together with those of other requests if there are any that fit."""
         return self._ask(evaluation)
 
     def plain(self, forward: Callable[[], Any]) -> Any:
-        """A call of the model alone, when it is its turn."""
+        """Return what a call of the model gives, run alone."""
         return self._ask(Plain(forward))
 
     def component(self, call: Call) -> Any:
-        """What another component gives, together with those of other requests if there are any that fit."""
+        """Return what another component gives, run together with those of other requests if there are any that fit."""
         return self._ask(call)
 
     def read(self, numbers: Tensor) -> list[float]:
-        """Numbers from the device, in the one read of a tick."""
+        """Return numbers from the device; all requests are read at once in a tick."""
         found: list[float] = self._ask(Read(numbers))
         return found
 
@@ -73,11 +73,11 @@ class Desk(Executor):
         return found
 
     def now(self) -> float:
-        """Seconds, without those that passed while waiting, but with the share of the batches taken part in."""
+        """Return seconds without those spent waiting, but with this request's share of each batch it took part in."""
         return time.perf_counter() - self._away
 
     def _ask(self, question: Question) -> Any:
         began = time.perf_counter()
-        answer, share = self._hub.ask(question)
+        answer, share = self._loop.ask(question)
         self._away += time.perf_counter() - began - share
         return answer

@@ -19,7 +19,7 @@ from ..verified.evaluation import GatedEvaluation
 from ..verified.gate import Mode
 from .activations import Peak
 from .components import Call, Components, adopt
-from .desk import Desk, Plain, Question, Read
+from .executor import Plain, Question, Read, RequestExecutor
 from .packing import Packer
 from .play import kinds_of, play, report_of
 from .records import Kind, Records
@@ -50,7 +50,7 @@ class Live:
 
 
 @dataclass
-class Hub:
+class Loop:
     """Owns the live requests of an engine. All its methods are called in one thread.
 
     Attributes:
@@ -140,14 +140,16 @@ class Hub:
         future.begin()
         self.records.started(future.last.time)
 
-        desk = Desk(self.meet, self.scheduler)
+        executor = RequestExecutor(self.meet, self.scheduler)
 
         def begun(mine: Any, caller: Caller) -> None:
             live.caller = caller
             if self.scheduler.component_batch > 1:
-                adopt(mine, self.components, desk.component, [a.model for a in self.accelerators])
+                adopt(mine, self.components, executor.component, [a.model for a in self.accelerators])
 
-        self._go(index, lambda: self.meet.start(index, lambda: play(self.pipe, self.accelerators, future, desk, begun)))
+        self._go(
+            index, lambda: self.meet.start(index, lambda: play(self.pipe, self.accelerators, future, executor, begun))
+        )
 
     def _go(self, index: int, onward: Callable[[], None]) -> None:
         """Let a request go on, and take up what it asks for next, or its end."""
