@@ -3,8 +3,8 @@
     python recipes/ablation.py fashion-dit --samples 32
 
 PSNR of each sample to its own full run (median, 5th percentile, worst), full steps and FLOPs; no times. Rows
-differ in one part each: the corrector, the planning, the last step, the order, the axis, the prior's weights, its
-placement, what is forecast; the paper's rule and plain periods stand beside.
+differ in one part each: the corrector, the planning, the order, the prior's weights, its placement, the last step; the
+paper's rule and plain periods of forecast features stand beside.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from rich.table import Table
 
 import speca
 from speca.calibration import Calibration
-from speca.compare import psnr, quantile
+from speca.compare.compare import psnr, quantile
+from speca.compare.measure import example_call, generate, joined, run_once, split
 from speca.core.placement import place
-from speca.measure import example_call, generate, joined, run_once, split
-from speca.model.sampler import noise_axis, transitions
+from speca.sampler.scheduler import scheduler_response
 from speca.zoo import call_arguments, resolve
 
-PERIOD = dict(controller="interval", warmup=3, final=1)
+PERIOD = speca.VerifiedConfig(rule="interval", warmup=3, final=1)
 VERIFIED = dict(preset="paper", forecaster="newton", order=1, threshold_decay=1.0, final=1)
 BARE: dict[str, Any] = dict(prior="none")  # polynomials, and neither a measured prior nor the generic one
 UNMEASURED: dict[str, Any] = dict(calibration=False, prior="generic")  # the generic prior in place of the measured one
 PLACED = "placed"
-"""Stands for the prior's placement of `steps / speedup` full steps, to be played in other ways."""
+"""Stands for the prior's placement of `steps / speedup` full steps, to be used in other ways."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "period of 4": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=3), **BARE),
-    "period of 5": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=4), **BARE),
-    "period of 6": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=5), **BARE),
-    "period of 5, corrected": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=4, corrector=True), **BARE),
-    "period of 6, corrected": dict(preset=speca.SpecaConfig(**PERIOD, max_draft=5, corrector=True), **BARE),
+    "period of 4": dict(preset=PERIOD, max_draft=3),
+    "period of 5": dict(preset=PERIOD, max_draft=4),
+    "period of 6": dict(preset=PERIOD, max_draft=5),
+    "period of 5, corrected": dict(period=5, **BARE),
+    "period of 6, corrected": dict(period=6, **BARE),
     "paper": dict(preset="paper"),
     "verified, order 1, tau 0.03": dict(**VERIFIED, threshold=0.03, min_draft=1, max_draft=4),
     "planned, not corrected, 0.01": dict(tolerance=0.01, corrector=False, **BARE),
@@ -47,10 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "planned, 0.01": dict(tolerance=0.01, **BARE),
     "planned, 0.02": dict(tolerance=0.02, **BARE),
     "planned, 0.04": dict(tolerance=0.04, **BARE),
-    "planned, 0.01, last step full": dict(tolerance=0.01, final=1, **BARE),
-    "planned, 0.01, order 2": dict(tolerance=0.01, order=2, warmup=3, **BARE),
-    "planned, 0.01, taylor": dict(tolerance=0.01, forecaster="taylor", **BARE),
-    "planned, 0.01, noise axis": dict(tolerance=0.01, axis="noise", **BARE),
+    "planned, 0.01, order 2": dict(tolerance=0.01, order=2, **BARE),
     "speedup 3, no prior": dict(speedup=3.0, **BARE),
     "speedup 5, no prior": dict(speedup=5.0, **BARE),
     "speedup 7, no prior": dict(speedup=7.0, **BARE),
@@ -61,7 +58,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "5x, even steps, polynomial": dict(speedup=5.0, schedule="even", **BARE),
     "5x, even steps, prior's weights": dict(speedup=5.0, schedule="even"),
     "5x, placed, polynomial": dict(speedup=5.0, schedule=PLACED, **BARE),
-    "5x, placed, prior, features": dict(speedup=5.0, drafts="features"),
     "5x, placed, prior, last step full": dict(speedup=5.0, schedule=PLACED, last=True),
     "speedup 3": dict(speedup=3.0),
     "speedup 4": dict(speedup=4.0),
@@ -109,13 +105,15 @@ def _how(pipe: Any, settings: dict[str, Any], steps: int) -> dict[str, Any]:
     """Settings of a row as arguments of `generate`."""
     rest = dict(settings)
     calibration, preset = rest.pop("calibration", None), rest.pop("preset", "balanced")
-    if "schedule" in rest:
+    if "period" in rest:
+        rest["schedule"] = tuple(sorted({0, 1, *range(2, steps, rest.pop("period")), steps - 1}))
+    elif "schedule" in rest:
         count = int(steps / rest.pop("speedup"))
         even = (0, 1, *(1 + round((steps - 2) * (k + 1) / (count - 2)) for k in range(count - 2)))
         chosen = _placed(pipe, count) if rest["schedule"] == PLACED else even
         if rest.pop("last", False):
             chosen = (*chosen[:-1], steps - 1)
-        rest |= dict(controller="schedule", schedule=chosen)
+        rest["schedule"] = chosen
     named = isinstance(preset, str) and not rest
     config = preset if named else speca.SpecaConfig.build(preset, **rest)
     return dict(config=config, calibration=calibration)
@@ -123,10 +121,10 @@ def _how(pipe: Any, settings: dict[str, Any], steps: int) -> dict[str, Any]:
 
 def _placed(pipe: Any, count: int) -> tuple[int, ...]:
     found = Calibration.beside(pipe)
-    linear, reason = transitions(pipe.scheduler)
-    if found is None or not linear:
-        raise typer.BadParameter(f"this model brings no calibration that fits {reason}".strip())
-    return place(found.prior.at(noise_axis(pipe.scheduler)), linear, count).steps
+    response = scheduler_response(pipe.scheduler)
+    if found is None or not response.transitions:
+        raise typer.BadParameter(f"this model brings no calibration that fits {response.reason}".strip())
+    return place(found.prior.at(response.noise), response.transitions, count).steps
 
 
 def show(rows: list[dict[str, Any]], place: Path, **about: Any) -> None:

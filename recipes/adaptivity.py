@@ -1,4 +1,4 @@
-"""Would it pay to spend by what a sample's own corrections say? A trial, on seeds that chose nothing.
+"""Is it worth spending by what a sample's own corrections say? A trial, on seeds that chose nothing.
 
     python recipes/adaptivity.py fashion-dit --samples 128 --common 3
 
@@ -29,12 +29,13 @@ from rich.table import Table
 import speca
 from speca.bench.signals import spearman
 from speca.calibration import Calibration
-from speca.compare import psnr
-from speca.core.corrector import Corrector, Transition
+from speca.compare.compare import psnr
+from speca.compare.measure import example_call, generate, joined, run_once, split
+from speca.core.correction import Corrector
 from speca.core.placement import expected, place
 from speca.core.prior import Array, Prior
-from speca.measure import example_call, generate, joined, run_once, split
-from speca.model.sampler import noise_axis, transitions
+from speca.core.transition import Transition
+from speca.sampler.scheduler import scheduler_response
 from speca.zoo import call_arguments, resolve
 
 BASE = 10
@@ -65,9 +66,9 @@ def main(
         raise typer.BadParameter(f"{model} brings no calibration; name a bundled model.")
     call = {**call_arguments(model), **example_call(pipe, [TUNING]), "num_inference_steps": calibration.steps}
     run_once(pipe, call, [TUNING], None)  # sets the timesteps
-    linear, _ = transitions(pipe.scheduler)
-    assert len(linear) == calibration.steps, "the placements are for another run than the one they are played in"
-    prior, path = calibration.prior.at(noise_axis(pipe.scheduler)), tuple(linear)
+    response = scheduler_response(pipe.scheduler)
+    assert len(response.transitions) == calibration.steps, "the placements are for a run of another number of steps"
+    prior, path = calibration.prior.at(response.noise), response.transitions
     start = place(prior, path, BASE).steps[:common]
     plans = {("fixed", k): place(prior, path, k).steps for k in FIXED}
     plans |= {("split", k): continued(prior, path, start, k) for k in FIXED}
@@ -124,9 +125,9 @@ def recorded(rows: int, guidance: float) -> Iterator[list[torch.Tensor]]:
     """Sizes and roughness of corrections of runs within, in dB: (rows, 2) for each full step of calls of `rows`
     samples."""
     found: list[torch.Tensor] = []
-    original = Corrector.move
+    original = Corrector.correction
 
-    def move(self: Corrector, index: Any, out: Any, omega: Any, here: Transition) -> Any:
+    def correction(self: Corrector, index: Any, out: Any, omega: Any, here: Transition) -> Any:
         moves, size = original(self, index, out, omega, here)
         known = gap = moves[0]
         if len(gap) == 2 * rows:  # cond and uncond in halves of one call
@@ -137,11 +138,11 @@ def recorded(rows: int, guidance: float) -> Iterator[list[torch.Tensor]]:
         found.append(20 * torch.stack(each, 1).log10())
         return moves, size
 
-    Corrector.move = move  # type: ignore[method-assign]
+    Corrector.correction = correction  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        Corrector.move = original  # type: ignore[method-assign]
+        Corrector.correction = original  # type: ignore[method-assign]
 
 
 def predicted(known: Trial, trials: Sequence[Trial], seen: int, kinds: Sequence[int]) -> list[Array]:

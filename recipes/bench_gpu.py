@@ -4,11 +4,12 @@
     python recipes/bench_gpu.py --tiny --minutes 2 # the same on any machine, with toy sizes
 
 DiT-XL/2, FLUX.1-dev and HunyuanVideo are built with random weights in bfloat16 straight on the device. For each:
-seconds of a full step, of a draft and of a rejected one, what is spent outside of blocks, the memory that anchors take
-beside the authors' layout of one tower for every module, and runs at the same number of full steps of `speca`, the
-authors' layout, cache-dit and the caches of diffusers; eager and compiled; in batches of 1, 4 and 16. Random weights
-say nothing of quality, and adaptive methods would decide on noise, so every method is put on a fixed period. Last come
-the bundled models. When time is short what is left is skipped, and named as such in the JSON.
+seconds of a full step and of a draft of `speca`, of a checked and of a rejected draft of the paper's method, the memory
+that kept outputs take beside the authors' layout, which keeps differences of every module, and runs at the same number
+of full steps of `speca`, of forecast features, of the authors' layout, cache-dit and the caches of diffusers; eager and
+compiled; in batches of 1, 4 and 16. Random weights say nothing of quality, and adaptive methods would decide on noise,
+so every method is put on a fixed period. Last come the bundled models. When time is short what is left is skipped, and
+named as such in the JSON.
 """
 
 from __future__ import annotations
@@ -30,18 +31,24 @@ from bench_models import STEPS, Loop, Subject, subjects
 import speca
 from speca.bench import rivals
 from speca.bench.field import methods
-from speca.bench.methods import Method, Setup, plain
+from speca.bench.methods import Method, plain
 from speca.bench.modules import per_module
+from speca.bench.setup import Setup
 from speca.bench.suites import versions
-from speca.model.gate import block_lists
+from speca.config import Config
+from speca.verified.gate import block_lists
 
-PERIOD = 4  # a run of ten steps: full at steps 0, 1, 5 and 9
+PERIOD = 4
+FULL = (0, 1, 5, 9)  # of ten steps
 ENOUGH = 12.0  # seconds of timed runs after which a contender is not run again
-SPECA = speca.SpecaConfig(controller="interval", max_draft=PERIOD - 1, warmup=2, final=0)
+OUTPUTS = speca.SpecaConfig(schedule=FULL, tolerance=0.0, prior="none")
+FEATURES = speca.VerifiedConfig(rule="interval", max_draft=PERIOD - 1, warmup=2, final=0)
+CHECKED = speca.VerifiedConfig(threshold=1e9, threshold_decay=1.0, warmup=2, final=0, max_draft=PERIOD - 1)
+REJECTED = speca.VerifiedConfig(threshold=1e-30, warmup=2, final=0)
 
 
 @contextlib.contextmanager
-def ours(loop: Any, call: dict[str, Any], config: speca.SpecaConfig) -> Iterator[Setup]:
+def ours(loop: Any, call: dict[str, Any], config: Config) -> Iterator[Setup]:
     """`speca` on the bare transformer of the loop."""
     with speca.enabled(loop.transformer, config, scheduler=loop.scheduler) as session:
         yield Setup(loop, call, session)
@@ -52,18 +59,15 @@ def contenders(compiled: bool) -> list[Method]:
 
     Wrapped modules are compiled anew for each module, which takes longer than there is time; they stay eager.
     """
-    module = speca.SpecaConfig(controller="interval", max_draft=PERIOD - 1, warmup=2, final=0)
-    checked = speca.SpecaConfig(
-        threshold=1e9, threshold_decay=1.0, warmup=2, final=0, max_draft=PERIOD - 1, min_draft=0
-    )
     setting = f"F1B0 W2 MC{PERIOD - 1} R0.99"
     cache = rivals.diffusers_cache
     found = [
         Method("full", "-", (0,), plain),
-        Method("speca, unchecked", "-", (SPECA,), ours),
-        Method("speca, every draft checked", "-", (checked,), ours),
-        Method("speca, every draft rejected", "-", (speca.SpecaConfig(threshold=1e-30, warmup=2, final=0),), ours),
-        Method("module towers (the authors' layout)", "-", (0,), per_module(lambda _: module)),
+        Method("speca", "-", (OUTPUTS,), ours),
+        Method("features, unchecked", "-", (FEATURES,), ours),
+        Method("features, every draft checked", "-", (CHECKED,), ours),
+        Method("features, every draft rejected", "-", (REJECTED,), ours),
+        Method("module caches (the authors' layout)", "-", (0,), per_module(lambda _: FEATURES)),
         Method("diffusers TaylorSeer", "-", (PERIOD,), cache(rivals.taylorseer(False))),
         Method("diffusers TaylorSeer lite", "-", (PERIOD,), cache(rivals.taylorseer(True))),
         Method("cache-dit", "-", (setting,), blocks_of_cache_dit),
@@ -73,7 +77,7 @@ def contenders(compiled: bool) -> list[Method]:
 
 @contextlib.contextmanager
 def blocks_of_cache_dit(loop: Any, call: dict[str, Any], setting: str) -> Iterator[Setup]:
-    """cache-dit on a bare transformer, as its documents say: with the number of steps told."""
+    """cache-dit on a bare transformer, as its documents say: with the number of steps given."""
     try:
         import cache_dit as library
     except ImportError as error:
@@ -150,13 +154,13 @@ def split(rows: list[dict[str, Any]]) -> dict[str, Any]:
     by = {row["method"]: row for row in rows if "steps" in row}
     full = statistics.median(by["full"]["steps"])
     out: dict[str, Any] = {"full_step": full}
-    for key, name in (("draft_step", "speca, unchecked"), ("checked_step", "speca, every draft checked")):
+    for key, name in (("draft_step", "speca"), ("checked_step", "features, every draft checked")):
         if name in by:
             row = by[name]
             pairs = zip(row["steps"], row["decisions"], strict=True)
             drafts = [seconds for seconds, letter in pairs if letter == "A"]
             out[key] = statistics.median(drafts) if drafts else None
-    rejected = by.get("speca, every draft rejected")
+    rejected = by.get("features, every draft rejected")
     if rejected:
         pairs = zip(rejected["steps"], rejected["decisions"], strict=True)
         found = [seconds for seconds, letter in pairs if letter == "R"]
@@ -199,7 +203,7 @@ def subject_rows(
         parts = split(rows) if any(r["method"] == "full" and "steps" in r for r in rows) else {}
         about = dict(model=subject.name, batch=batch, compiled=compiled, parameters=count(model))
         out.append({**about, **parts, "rows": rows})
-        print(f"{name}: {', '.join(told(parts, rows))}", flush=True)
+        print(f"{name}: {', '.join(line_of(parts, rows))}", flush=True)
         first = first or time.monotonic() - began
     del model
     gc.collect()
@@ -232,7 +236,7 @@ def attempt(loop: Loop, method: Method, repeats: int) -> dict[str, Any]:
         return {"method": method.name, "reason": f"{type(error).__name__}: {words[:300]}"}
 
 
-def told(parts: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+def line_of(parts: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """A line for the terminal."""
     times = [f"{key.replace('_', ' ')} {1000 * value:.2f} ms" for key, value in parts.items() if value]
     full = next((r["seconds"] for r in rows if r["method"] == "full" and "seconds" in r), None)

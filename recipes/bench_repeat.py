@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from speca.bench.pareto import SPEEDS, Reading, median_interval, reading
-from speca.bench.report import AXES, curves, measured
+from speca.bench.report import AXES
+from speca.bench.results import curves, measured
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:

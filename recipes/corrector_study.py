@@ -3,9 +3,9 @@
     python recipes/corrector_study.py --model fashion-dit
 
 1. How an output follows its sample. The sample is moved a little in the direction in which a draft would have been
-   wrong, and the change of the output in that direction is set beside `pull`, what the straight path says.
-2. How good a move is. At each full step of a fixed schedule the move is compared with the true error, the difference
-   to the full run: their cosine, and the share of the move that would have been best (1: the move as it is).
+   wrong, and the change of the output in that direction is set beside `jacobian`, what the straight path says.
+2. How good a correction is. At each full step of a fixed schedule it is compared with the true error, the difference
+   to the full run: their cosine, and the share of the correction that would have been best (1: as it is).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import Tensor
 
 import speca
-from speca.core import corrector as core
-from speca.measure import example_call
-from speca.model.sampler import transitions
+from speca.compare.measure import example_call
+from speca.core import correction as core
+from speca.sampler.scheduler import scheduler_response
 from speca.zoo import call_arguments, resolve
 
 FIRST_SEED, GAP = 500_000, 4
@@ -45,19 +45,19 @@ def main(
     console = Console(width=110)
 
     plain = _Recorder(pipe, call, seeds, probe=range(8, 50, 6))
-    steps, reason = transitions(pipe.scheduler)
-    assert steps, reason
-    table = Table("step", "pull measured", "pull of the straight path", title="how an output follows its sample")
-    for step, value in plain.pulls.items():
-        table.add_row(str(step), f"{value:.3f}", f"{steps[step].pull:.3f}")
+    response = scheduler_response(pipe.scheduler)
+    steps = response.transitions
+    assert steps, response.reason
+    table = Table("step", "measured", "of the straight path", title="how an output follows its sample")
+    for step, value in plain.jacobians.items():
+        table.add_row(str(step), f"{value:.3f}", f"{steps[step].jacobian:.3f}")
     console.print(table)
 
     for schedule in SCHEDULES:
         table = Table("step", "true error", "estimate", "cosine", "best share", title=f"full steps {schedule}")
-        settings = dict(controller="schedule", schedule=schedule, warmup=2, final=0, corrector=True)
-        with _moves() as moves, speca.enabled(pipe, **settings):
+        with _corrections() as found, speca.enabled(pipe, schedule=schedule, prior="none", calibration=False):
             fast = _Recorder(pipe, call, seeds)
-        for step, (move, size) in zip([s for s in schedule if s > 1], moves, strict=True):
+        for step, (move, size) in zip([s for s in schedule if s > 1], found, strict=True):
             gap = (plain.samples[step] - fast.samples[step]).flatten(1)
             full = move.flatten(1) * (1 + (size / core.TRUST).square()).unsqueeze(1)
             inner = (gap * full).sum(1)
@@ -69,20 +69,20 @@ def main(
 
 
 @contextmanager
-def _moves() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Every move made inside, with its estimated error."""
-    original, found = core.Corrector.move, []
+def _corrections() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Every correction made inside, with its estimated error."""
+    original, found = core.Corrector.correction, []
 
     def watched(*args: Any) -> tuple[list[Tensor], Tensor]:
         moves, sizes = original(*args)
         found.append((moves[0], sizes))
         return moves, sizes
 
-    core.Corrector.move = watched  # type: ignore[method-assign, assignment]
+    core.Corrector.correction = watched  # type: ignore[method-assign, assignment]
     try:
         yield found
     finally:
-        core.Corrector.move = original  # type: ignore[method-assign]
+        core.Corrector.correction = original  # type: ignore[method-assign]
 
 
 class _Recorder:
@@ -91,7 +91,7 @@ class _Recorder:
     def __init__(self, pipe: Any, call: dict[str, Any], seeds: range, probe: range = range(0)) -> None:
         self.samples: list[Tensor] = []
         self.outputs: list[Tensor] = []
-        self.pulls: dict[int, float] = {}
+        self.jacobians: dict[int, float] = {}
         self._probe = probe
         model, outer = pipe.transformer, pipe.transformer.forward
 
@@ -122,7 +122,7 @@ class _Recorder:
         moved = forward(sample + small, *args, **kwargs)
         change = (moved[0] if isinstance(moved, tuple) else moved.sample)[:, : sample.shape[1]] - main
         ratio = (change * small).flatten(1).sum(1) / small.flatten(1).square().sum(1)
-        self.pulls[step] = float(ratio.median())
+        self.jacobians[step] = float(ratio.median())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from training import commit, console, fit, half, pick, training_table
 
-from speca import distance
+from speca.compare import distance
 from speca.zoo.classifier import Classifier
 
 LATENT = (16, 8, 8)
@@ -325,9 +325,10 @@ latents. It exists so that acceleration can be measured on trained weights; it s
 - **Scores**: the classifier, trained on real pictures only, is right on {scores["classifier_accuracy"]:.1%} of held-out
   pictures; it agrees with the asked group on {scores["agreement"]:.1%} of {scores["samples"]} samples (50 steps,
   guidance 3.5, seeds from 1000000, no acceleration). The autoencoder restores held-out pictures at
-  {scores["vae_psnr"]:.1f} dB (median). To the held-out pictures, on EfficientNet-Lite0 features (`speca.distance`):
-  KID {scores["kid"]:.4f} of samples and {scores["kid_of_real"]:.4f} of training pictures, Frechet distance
-  {scores["frechet"]:.1f} and {scores["frechet_of_real"]:.1f} (not FID, which is taken on other features).
+  {scores["vae_psnr"]:.1f} dB (median). To the held-out pictures, on EfficientNet-Lite0 features
+  (`speca.compare.distance`): KID {scores["kid"]:.4f} of samples and {scores["kid_of_real"]:.4f} of training pictures,
+  Frechet distance {scores["frechet"]:.1f} and {scores["frechet_of_real"]:.1f} (not FID, which is taken on other
+  features).
 
 | group | agreement |
 | --- | --- |

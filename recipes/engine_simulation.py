@@ -31,14 +31,14 @@ import typer
 from rich.progress import track
 
 import speca
+from speca.compare.measure import generate
 from speca.engine.scheduler import Lane, Scheduler
-from speca.measure import generate
 from speca.zoo import resolve
 
 CAPS = (1, 2, 4, 8, 16, 32, 64)
 PRESETS = {
     "balanced": speca.PRESETS["balanced"],
-    "verified": speca.SpecaConfig(threshold=0.06, threshold_decay=1.0, max_draft=6),
+    "verified": speca.VerifiedConfig(threshold=0.06, threshold_decay=1.0, max_draft=6),
 }
 WAYS = ("none", "batch-wide", "lock-step", "continuous")
 NOTES = {
@@ -107,7 +107,7 @@ def in_batches(traces: Sequence[str], cap: int, cost: Cost, *, cached: bool) -> 
     return now
 
 
-def trace(model: str, config: speca.SpecaConfig, samples: int, steps: int) -> list[str]:
+def trace(model: str, config: speca.SpecaConfig | speca.VerifiedConfig, samples: int, steps: int) -> list[str]:
     """What each sample of the model does at each step."""
     pipe = resolve(model)
     seeds = list(range(samples))

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from speca.bench.methods import Apply, Call, fewer_steps, plain, solver, speca_with
-from speca.compare import psnr, quantile
-from speca.measure import Run, example_call, joined, run_once, split
+from speca.bench.methods import fewer_steps, plain, solver, speca_with
+from speca.bench.setup import Apply, Call
+from speca.compare.compare import psnr, quantile
+from speca.compare.measure import Run, example_call, joined, run_once, split
 from speca.zoo import call_arguments, resolve
 
 COUNTS = (4, 5, 6, 7, 9)

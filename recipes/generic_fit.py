@@ -23,13 +23,15 @@ from rich.progress import track
 from rich.table import Table
 
 from speca import zoo
-from speca.calibration import BESIDE, Calibration
-from speca.core.corrector import Transition, polynomial
+from speca.calibration import Calibration
+from speca.compare.measure import example_call
+from speca.core.correction import polynomial
 from speca.core.generic import PROCESS, VARIANCES, moments
 from speca.core.placement import expected, place
 from speca.core.prior import Prior
-from speca.measure import example_call
-from speca.model.sampler import transitions
+from speca.core.transition import Transition
+from speca.denoiser.calibration import BESIDE
+from speca.sampler.scheduler import scheduler_response
 
 COUNTS = (7, 10, 14)
 Numbers = tuple[float, float, float, float, float, float]
@@ -56,7 +58,7 @@ class Model:
         pipe.set_progress_bar_config(disable=True)
         call = {**zoo.call_arguments(name), **example_call(pipe, [0])}
         pipe(**call, num_inference_steps=len(self.prior.noise), output_type="latent")  # as it sets its own timesteps
-        self.steps: tuple[Transition, ...] = transitions(pipe.scheduler)[0]
+        self.steps: tuple[Transition, ...] = scheduler_response(pipe.scheduler).transitions
 
     def decibels(self, prior: Prior, full: Sequence[int]) -> float:
         """By the measured moments."""

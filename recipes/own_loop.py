@@ -22,17 +22,15 @@ from torch import Tensor
 
 import speca
 from speca.bench.methods import scheduled
-from speca.bench.recording import Ground, anneal, uniform_schedule
+from speca.bench.recording import TuningData, anneal, uniform_schedule
 from speca.bench.search import search
 from speca.calibration import Calibration
-from speca.compare import psnr
-from speca.measure import example_call
+from speca.compare.compare import psnr
+from speca.compare.measure import example_call
 from speca.zoo import call_arguments, load
 
 MODEL, TUNING, GUIDANCE = "emoji-video", 600_000, 6.0
-TAYLOR: dict[str, Any] = dict(
-    preset="paper", controller="schedule", order=1, warmup=2, verify=False, prior="none", corrector=False
-)
+TAYLOR: dict[str, Any] = dict(preset="paper", rule="schedule", order=1, warmup=2)
 
 
 class Loop:
@@ -40,8 +38,8 @@ class Loop:
 
     def __init__(self, pipe: Any, call: dict[str, Any], seeds: list[int], steps: int) -> None:
         self.pipe, self.steps = pipe, steps
-        told, pooled, mask = pipe.encode_prompt(call["prompt"], max_sequence_length=call["max_sequence_length"])
-        self.told = dict(encoder_hidden_states=told, encoder_attention_mask=mask, pooled_projections=pooled)
+        words, pooled, mask = pipe.encode_prompt(call["prompt"], max_sequence_length=call["max_sequence_length"])
+        self.conditions = dict(encoder_hidden_states=words, encoder_attention_mask=mask, pooled_projections=pooled)
         self.noise = torch.cat([self._noise(seed, call) for seed in seeds])
 
     def _noise(self, seed: int, call: dict[str, Any]) -> Tensor:
@@ -59,7 +57,7 @@ class Loop:
         guidance = torch.full((len(x),), 1000 * GUIDANCE)
         for t in scheduler.timesteps:
             velocity = self.pipe.transformer(
-                hidden_states=x, timestep=t.expand(len(x)), guidance=guidance, **self.told, return_dict=False
+                hidden_states=x, timestep=t.expand(len(x)), guidance=guidance, **self.conditions, return_dict=False
             )[0]
             x = scheduler.step(velocity, t, x, return_dict=False)[0]
         vae = self.pipe.vae
@@ -71,11 +69,11 @@ def schedules(pipe: Any, steps: int, full: int, tuning: int, tries: int) -> dict
     """Where first-order forecasts are computed in full: even, annealed and searched on `tuning` seeds."""
     seeds = list(range(TUNING, TUNING + tuning))
     call = {**call_arguments(MODEL), **example_call(pipe, seeds), "num_inference_steps": steps}
-    ground = Ground(pipe, call, seeds, call, seeds, batch=8, tries=tries)
+    data = TuningData(pipe, call, seeds, call, seeds, batch=8, tries=tries)
     return {
         "even": uniform_schedule(steps, full),
-        "annealed": anneal(ground.recording(), full),
-        "searched": search(scheduled(False), False)(ground, full),
+        "annealed": anneal(data.recording(), full),
+        "searched": search(scheduled(False), False)(data, full),
     }
 
 

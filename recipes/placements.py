@@ -20,10 +20,10 @@ from rich.table import Table
 
 from speca import SpecaConfig
 from speca.calibration import Calibration
-from speca.compare import psnr, quantile
+from speca.compare.compare import psnr, quantile
+from speca.compare.measure import example_call, generate, joined, run_once, split
 from speca.core.placement import shortlist
-from speca.measure import example_call, generate, joined, run_once, split
-from speca.model.sampler import transitions
+from speca.sampler.scheduler import scheduler_response
 from speca.zoo import call_arguments, resolve
 
 FIRST_SEEDS = (800_000, 900_000)
@@ -47,7 +47,7 @@ def main(
         seeds = list(range(first, first + samples))
         call = {**call_arguments(model), **example_call(pipe, seeds), "num_inference_steps": 50}
         sets.append((call, seeds, joined([run_once(pipe, *part, None) for part in split(call, seeds, batch)]).images))
-    steps, _ = transitions(pipe.scheduler)
+    steps = scheduler_response(pipe.scheduler).transitions
     prior = replace(known.prior, placed={})
     table = Table("full steps", "expected", *(f"seeds from {first}" for first in FIRST_SEEDS), title=model)
     options = [(count, option) for count in full for option in shortlist(prior, steps, count)]

@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from speca.bench.methods import Call, fewer_steps, plain, scheduled, solver, speca_with
+from speca.bench.methods import fewer_steps, plain, scheduled, solver, speca_with
 from speca.bench.recording import uniform_schedule
-from speca.compare import psnr, quantile
-from speca.measure import Run, example_call, joined, run_once, split
+from speca.bench.setup import Call
+from speca.compare.compare import psnr, quantile
+from speca.compare.measure import Run, example_call, joined, run_once, split
 from speca.zoo import call_arguments, resolve
 
 SAMPLERS = ("own", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
@@ -42,7 +43,7 @@ def sampled(pipe: DiffusionPipeline, call: Call, sampler: str) -> Iterator[None]
 def made(pipe: DiffusionPipeline, call: Call, seeds: list[int], batch: int, method: str, full: int) -> Run:
     """The samples of `seeds` by a method that computes `full` steps."""
     steps = call["num_inference_steps"]
-    budget = dict(warmup=2, final=0, tolerance=0.0)
+    budget = dict(tolerance=0.0)
     even = dict(**budget, measured=False, prior="none")
     apply, value = {
         "": (plain, None),

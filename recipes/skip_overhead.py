@@ -1,4 +1,4 @@
-"""Measure what skipping a stack of blocks costs in Python: the time a draft spends in the stand-ins.
+"""Measure what skipping a stack of blocks costs in Python: the time a draft of preset "paper" spends in stand-ins.
 
     python recipes/skip_overhead.py
 
@@ -20,8 +20,8 @@ import torch
 import typer
 
 import speca
-from speca.model.gate import Features, Mode
-from speca.pipeline import ATTRIBUTE
+from speca.diffusers.accelerator import ATTRIBUTE
+from speca.verified.gate import Features, Mode
 
 LIMIT = 30.0  # microseconds a step
 IMAGE, TEXT, TIME = torch.zeros(1, 16, 32), torch.zeros(1, 6, 32), torch.zeros(1, 32)
@@ -33,7 +33,7 @@ def accelerated() -> Any:
         patch_size=1, in_channels=16, num_layers=19, num_single_layers=38, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8),
     ).eval().requires_grad_(False)  # fmt: skip
-    speca.enable(model, num_inference_steps=50)
+    speca.enable(model, "paper", num_inference_steps=50)
     model(
         hidden_states=torch.randn(1, 16, 16), encoder_hidden_states=torch.randn(1, 6, 12), timestep=torch.ones(1),
         pooled_projections=torch.randn(1, 10), img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(6, 3),
@@ -57,8 +57,8 @@ def pair(hidden_states: Any, encoder_hidden_states: Any, **_: Any) -> Any:
 
 def main(repeats: int = 5000) -> None:
     """Print medians of so many repeats, interleaved; exit code 1 above the limit."""
-    run_of = (model := accelerated()).__dict__[ATTRIBUTE]
-    gate, (finding,) = run_of.gate, run_of.findings.values()
+    drafts = (model := accelerated()).__dict__[ATTRIBUTE].drafts
+    gate, (finding,) = drafts.gate, drafts.findings.values()
     gate.arm(finding.learnt)
     gate.mode, gate.forecast = Mode.UNCHECKED, Features([], [TEXT, IMAGE])
     measured = {

@@ -1,4 +1,4 @@
-"""Sweep settings on tuning seeds: how the numbers in the presets were chosen.
+"""Sweep settings of checked drafts on tuning seeds: how the numbers of those in `speca/config.py` were chosen.
 
     python recipes/tune_presets.py --model fashion-dit --samples 32
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 import speca
-from speca.compare import psnr, quantile
+from speca.compare.compare import psnr, quantile
 from speca.zoo import resolve
 
 FIRST_SEED = 500_000
@@ -55,7 +55,7 @@ def main(
     fixed: dict[str, Any] = dict(forecaster=forecaster, order=order, threshold_decay=1.0, warmup=3, final=1)
     for values_of in track(list(itertools.product(*GRID.values())), description="settings"):
         settings = {**fixed, **dict(zip(GRID, values_of, strict=True))}
-        with speca.enabled(pipe, **settings) as session:
+        with speca.enabled(pipe, speca.VerifiedConfig(**settings)) as session:
             images = run()
         values = psnr(images, full).tolist()
         report = session.report()

@@ -279,10 +279,10 @@ def test_the_gpu_suite_runs_in_toy_sizes_and_keeps_to_its_time(tmp_path: Path, m
         reasons = [r["reason"] for r in model["rows"] if "reason" in r]
         assert not [r for r in reasons if "cache-dit is not installed" not in r], reasons
         by = {r["method"]: r for r in model["rows"] if "seconds" in r}
-        assert by["speca, unchecked"]["decisions"] == "FFAAAFAAAF"
-        assert set(by["speca, every draft rejected"]["decisions"]) == {"F", "R"}
-        towers = by["module towers (the authors' layout)"]["cache_bytes"]
-        assert towers > 2 * by["speca, unchecked"]["cache_bytes"]
+        for name in ("speca", "features, unchecked"):
+            assert by[name]["decisions"] == "FFAAAFAAAF"
+            assert by["module caches (the authors' layout)"]["cache_bytes"] > 2 * by[name]["cache_bytes"]
+        assert set(by["features, every draft rejected"]["decisions"]) == {"F", "R"}
         assert 0 < model["draft_step"] and model["full_step"] > 0 and model["rejected_step"] > 0
     assert "| DiT-XL/2 | 1 | eager |" in gpu.gpu_page(json.loads(out.read_text()))
     bench_gpu.main(out, minutes=0.1, tiny=True, device="cpu", repeats=1)

@@ -72,12 +72,15 @@ def load_classifier(name: str) -> Classifier:
 
 
 def load_reference(name: str) -> torch.Tensor:
-    """Features (N, 1280) of held-out pictures of bundled model `name`: what `speca.distance` of samples is taken to."""
+    """Features (N, 1280) of held-out pictures of bundled model `name`, to which samples are compared by
+    `speca.compare.distance`."""
     from safetensors.torch import load_file
 
     path = _bundled(name) / "reference.safetensors"
     if not path.is_file():
-        raise InputError(f"{name} comes without reference features; take those of real pictures by speca.distance.")
+        raise InputError(
+            f"{name} comes without reference features; take those of real pictures by speca.compare.distance."
+        )
     return load_file(path)["features"].float()
 
 
