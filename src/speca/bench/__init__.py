@@ -1,1 +1,1 @@
-"""The fair bench: every method on the same seeds of the same model, at what each really costs."""
+"""Benchmark acceleration methods on the same seeds of the same model, with measured FLOPs and time."""

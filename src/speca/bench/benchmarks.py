@@ -1,6 +1,6 @@
-"""The documents docs/benchmarks.md and docs/benchmarks/<model>.md, written from the rows of each model.
+"""Write docs/benchmarks.md and docs/benchmarks/<model>.md from the result rows of each model.
 
-The first is short: one table over all models and one plot for each. A page a model holds the rest.
+docs/benchmarks.md has one table over all models and one plot for each model. Each model has a page with all figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .tables import signal_table as signals
 
 ASKED = (3.0, 5.0, 7.0)
 OWN, GENERIC = (OURS, "speca-budget"), ("speca-generic-budget",)
-"""SpeCa by its tolerance and, where no tolerance is as fast as that, by a budget; by a budget without a calibration."""
+"""Methods of the column SpeCa (by tolerance, else by budget) and of the column without a calibration (by budget)."""
 
 KINDS = {
     "steps": "fewer steps or another solver", "forecast": "a fixed interval", "speca": "SpeCa, other rules",
@@ -43,9 +43,9 @@ was made by `speca bench MODEL --suite full`, whose first line names seeds, hard
 
 # ------------------------------------------------------------------------------------------------ the first page
 def overview(found: Mapping[str, Rows], gpu: bool = False, pages: str = "benchmarks", pictures: str = "img") -> str:
-    """The first page, from the rows of each model; `pages` and `pictures` are folders as seen from it.
+    """Return docs/benchmarks.md from the rows of each model.
 
-    With `gpu` there is a page of the GPU suite too.
+    `pages` and `pictures` are folder paths relative to it. With `gpu`, link the page of the GPU suite.
     """
     lines = ["# Benchmarks", ""]
     others = ["", f"Full-size models with random weights on a GPU: [gpu]({pages}/gpu.md)."] if gpu else []
@@ -71,7 +71,7 @@ def overview(found: Mapping[str, Rows], gpu: bool = False, pages: str = "benchma
 
 
 def overview_table(found: Mapping[str, Rows]) -> list[str]:
-    """One row a model and speed: SpeCa with and without a calibration, and the best of each other kind."""
+    """Return a table with one row per model and speed: SpeCa with and without calibration, best of each other kind."""
     kinds = [kind for kind in KINDS if kind != "speca"]
     heads = ["SpeCa", "SpeCa, not calibrated", *(KINDS[kind] for kind in kinds)]
     lines = [f"| model | fewer FLOPs | time | {' | '.join(heads)} |", f"| --- | ---: | ---: |{' --- |' * len(heads)}"]
@@ -89,7 +89,7 @@ def overview_table(found: Mapping[str, Rows]) -> list[str]:
 
 
 def _named(found: tuple[str, Reading] | None, best: float) -> str:
-    """A method's median and 5th percentile, and its name unless it is SpeCa; bold where the median is `best`."""
+    """Return a method's median and 5th percentile, and its name unless it is SpeCa; bold if the median is `best`."""
     if found is None:
         return "-"
     name, read = found
@@ -99,7 +99,7 @@ def _named(found: tuple[str, Reading] | None, best: float) -> str:
 
 # ------------------------------------------------------------------------------------------------ the page of a model
 def model_page(model: str, rows: Rows, back: str = "../benchmarks.md", pictures: str = "../img") -> str:
-    """All figures of one model; `back` leads to the first page, `pictures` to the plots."""
+    """Return the page of one model; `back` is the path of the first page, `pictures` that of the folder of plots."""
     lines = [f"# Benchmarks of {model}", "", f"[All models, and how to read this]({back}).", ""]
     lines += [line for paragraph in about(rows[0]) for line in (paragraph, "")]
     run = {row["method"] for row in rows if "method" in row}
@@ -123,7 +123,7 @@ def model_page(model: str, rows: Rows, back: str = "../benchmarks.md", pictures:
 
 
 def answers(rows: Rows, axis: str = "flops") -> list[str]:
-    """For each speed one sentence: SpeCa, and the best of each other family, with the paired difference."""
+    """Return, for each speed, SpeCa and the best method of each other family with the paired difference."""
     found, family = curves(rows, axis), families(rows)
     lines = []
     for speed in ASKED:
@@ -145,7 +145,7 @@ def answers(rows: Rows, axis: str = "flops") -> list[str]:
 
 
 def _first(found: dict[str, list[Point]], names: Sequence[str], speed: float) -> tuple[str, Reading] | None:
-    """The first of the methods that reaches a speed."""
+    """Return the first of the methods whose sweep reaches a speed."""
     read = ((name, reading(found.get(name, []), speed)) for name in names)
     return next(((name, values) for name, values in read if values is not None), None)
 
@@ -169,7 +169,7 @@ def _against(mean: float, low: float, high: float) -> str:
 
 
 def quality_table(rows: Rows) -> list[str]:
-    """Median, P5 and worst of every method at each speed, in FLOPs."""
+    """Return a table of the median, P5 and worst PSNR of every method at each speed-up in FLOPs."""
     found, family = curves(rows), families(rows)
     lines = [
         f"| method | {' | '.join(f'{speed:g}x' for speed in ASKED)} |",
@@ -186,7 +186,7 @@ def quality_table(rows: Rows) -> list[str]:
 
 
 def in_seconds(rows: Rows) -> list[str]:
-    """The answers at each speed in time, and a table: time saved at each speed in FLOPs, quality at each in time."""
+    """Return the comparison at each speed-up in time, and a table of speed-up in time by FLOPs and quality by time."""
     by_flops, by_time = measured(rows), curves(rows, "wall")
     if not by_time:
         return ["Nothing was timed."]
@@ -214,7 +214,7 @@ def in_seconds(rows: Rows) -> list[str]:
 
 
 def _times(rows: Rows) -> Callable[[str, float], float | None]:
-    """How many times less time a method takes at a speed in FLOPs."""
+    """Return the speed-up in time of a method at a speed-up in FLOPs."""
     swept: dict[str, list[Point]] = {}
     for row in measured(rows):
         if row["wall_speedup"]:
@@ -223,7 +223,7 @@ def _times(rows: Rows) -> Callable[[str, float], float | None]:
 
 
 def _between(points: Sequence[Point], speed: float) -> float | None:
-    """Linear between the two settings on either side, whatever their quality."""
+    """Interpolate linearly between the two settings with the nearest lower and higher speed, ignoring quality."""
     ordered = sorted(points, key=lambda p: p.speed)
     for low, high in pairwise(ordered):
         if low.speed <= speed <= high.speed:

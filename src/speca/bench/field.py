@@ -1,4 +1,4 @@
-"""The field: every method with the settings it is swept over."""
+"""The methods of the bench and the settings of each sweep."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from .setup import Apply, Call, Setup
 STEPS = (25, 17, 13, 10, 8, 7, 5)
 INTERVALS = (1, 2, 3, 4, 5, 7, 9)  # drafts between full steps
 FULL_STEPS = (26, 17, 13, 10, 8, 7, 6)
-RESIDUALS = (0.05, 0.1, 0.2, 0.4, 0.8)  # of the rivals' first-block gates
+RESIDUALS = (0.05, 0.1, 0.2, 0.4, 0.8)  # thresholds of the first-block caches of other packages
 TOLERANCES = (0.0005, 0.002, 0.005, 0.01, 0.02, 0.04, 0.1, 0.4)
 TAUS = (0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
 SPEEDUPS = (2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
-RATIOS = (0.1, 0.3, 1.0, 3.0, 1e6)  # of the released code's element-wise error
+RATIOS = (0.1, 0.3, 1.0, 3.0, 1e6)  # thresholds of the released code's element-wise error
 RELEASED = VerifiedConfig(
     **{**PRESETS["paper"].to_dict(), "rule": "released", "error": "elementwise_l1", "min_draft": 2}
 )
-"""The authors' released rule with their shortest draft for DiT's demo and FLUX; both granularities use it."""
+"""Settings of the authors' released rule, with the `min_draft` of their DiT demo and of FLUX."""
 
 
 def _interval(**fixed: Any) -> Apply:
@@ -46,7 +46,7 @@ def _interval(**fixed: Any) -> Apply:
 
 @contextmanager
 def random_steps(pipe: Any, call: Call, full: int) -> Iterator[Setup]:
-    """A random schedule; its seed is the number of full steps, so that it can be drawn again."""
+    """Run full steps at a random schedule; its seed is the number of full steps, so it is reproducible."""
     with scheduled(False)(pipe, call, random_schedule(call["num_inference_steps"], full, seed=full)) as setup:
         yield setup
 
@@ -126,7 +126,7 @@ def _rivals() -> list[Method]:
 
 
 def methods(steps: int = 50) -> dict[str, Method]:
-    """All methods by name; sweeps are for runs of `steps` and shrink with them."""
+    """Return all methods by name, with sweeps that fit runs of `steps` steps."""
     fewer = tuple(dict.fromkeys(max(2, round(s * steps / 50)) for s in STEPS))
     full = tuple(dict.fromkeys(max(4, round(s * steps / 50)) for s in FULL_STEPS))
     multistep, unipc = solver("DPMSolverMultistepScheduler"), solver("UniPCMultistepScheduler")
@@ -151,10 +151,10 @@ def methods(steps: int = 50) -> dict[str, Method]:
 
 
 def chosen(names: list[str], steps: int, sweep: int = 0) -> list[Method]:
-    """The methods called `names` (all if empty), "none" first: it is what the others are measured against.
+    """Return the methods called `names` (all if empty), with the baseline "none" first.
 
-    `sweep` above 0 thins each sweep to so many settings, its ends among them. Raises InputError, with the nearest
-    name, for a method that does not exist.
+    `sweep` above 0 reduces each sweep to that many settings and keeps the first and last. Raises InputError with the
+    nearest name if a method does not exist.
     """
     known = methods(steps)
     for name in names:

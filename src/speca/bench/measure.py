@@ -1,4 +1,4 @@
-"""One setting measured against the full run of the same seeds: quality of each sample, FLOPs, seconds."""
+"""Measure one setting against the full run of the same seeds: quality of each sample, FLOPs, seconds."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ IDENTICAL = 150.0  # dB recorded for an identical sample, so that medians and di
 
 
 class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """FLOPs by the formulas of PyTorch's counter: a multiply-add is two.
+    """Count FLOPs with the formulas of PyTorch's counter; a multiply-add counts as two.
 
-    `FlopCounterMode` also follows every module in and out, which takes twice as long as the model itself when that is
-    small; the sums are the same (tests/test_bench.py).
+    `FlopCounterMode` gives the same sums, but it also tracks modules, which takes twice as long as a small model.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.all, self.total = 0, 0  # everything, and what ran inside transformers
+        self.all, self.total = 0, 0  # FLOPs in total, and inside transformers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -45,7 +44,7 @@ class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def counted(pipe: Any) -> Iterator[Flops]:
-    """Count what runs inside the transformers, overheads and rejected drafts included, but not VAE or text encoder."""
+    """Count FLOPs inside the transformers, with overheads and rejected drafts, without VAE and text encoder."""
     began = 0
     with Flops() as flops:
 
@@ -62,10 +61,10 @@ def counted(pipe: Any) -> Iterator[Flops]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a setting took, all samples together: FLOPs of the transformers, and bytes.
+    """Cost of a setting over all samples: FLOPs of the transformers, and bytes of memory.
 
-    `peak` is how far the memory of the process (on a GPU: of the device) rose above what it was before, None where
-    the system does not say; `kept` is what the method itself says it keeps for a sample, None where it does not say.
+    `peak` is the rise in bytes of the memory of the process (on a GPU: of the device) during the run, None if unknown.
+    `kept` is the bytes per sample that the method reports to keep between steps, None if it reports none.
     """
 
     flops: int
@@ -74,17 +73,17 @@ class Cost:
 
 
 def played(apply: Apply, pipe: Any, call: dict[str, Any], given: Any, seeds: Sequence[int], batch: int) -> Run:
-    """All samples of one setting."""
+    """Run all samples of one setting."""
     return timed(apply, pipe, call, given, seeds, batch)[0]
 
 
 def timed(
     apply: Apply, pipe: Any, call: dict[str, Any], given: Any, seeds: Sequence[int], batch: int
 ) -> tuple[Run, float]:
-    """All samples of one setting, timed as in `speca generate --compare`, and processor seconds in the transformers.
+    """Run all samples of one setting; return the timed run and the processor seconds spent in the transformers.
 
-    Where `speca` runs, a short run goes before: what it does once for a model and input size is not timed. Where drafts
-    are verified, that includes the gate's self-test.
+    Where `speca` runs, a short run comes first, so work done once per model and input size is not timed. For verified
+    drafts this includes the self-test of the gate.
     """
     with apply(pipe, call, given) as setup, ticking(setup.pipe, None, 0):
         parts = split(setup.call, seeds, batch)
@@ -122,7 +121,7 @@ def inside(pipe: Any, start: Callable[..., None], stop: Callable[..., None]) -> 
 def weighed(
     apply: Apply, pipe: Any, call: dict[str, Any], given: Any, seeds: Sequence[int], batch: int
 ) -> tuple[Run, Cost]:
-    """The same with FLOPs and memory; counting slows a run, so its seconds mean nothing. A gate's self-test counts."""
+    """Run all samples; count FLOPs and memory, with the gate's self-test. The seconds include the cost of counting."""
     with apply(pipe, call, given) as setup, ticking(setup.pipe, None, 0), counted(setup.pipe) as flops:
         peak = Peak(setup.pipe)
         made = _made(setup, split(setup.call, seeds, batch))
@@ -143,7 +142,7 @@ def _made(setup: Setup, parts: Sequence[tuple[dict[str, Any], list[int]]]) -> Ru
 
 
 class Peak:
-    """How far memory rises from now on: the allocator's on a GPU, else the process's, as Linux reports it."""
+    """Measure the rise of memory since creation: of the allocator on a GPU, else of the process (Linux only)."""
 
     def __init__(self, pipe: Any) -> None:
         self.device = torch.device(pipe._execution_device)
@@ -159,7 +158,7 @@ class Peak:
             self.before = _status("VmRSS")
 
     def bytes(self) -> int | None:
-        """Bytes above what was in use at the beginning; None where the system does not say."""
+        """Return the peak in bytes above the memory in use at the beginning; None if unknown."""
         if self.before is None:
             return None
         now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
@@ -172,7 +171,7 @@ def _status(name: str) -> int:
 
 
 def quality(images: Tensor, references: Tensor) -> dict[str, list[float]]:
-    """PSNR in dB, SSIM and relative L2 of each sample; both are (N, ..., height, width, channels) floats in [0, 1]."""
+    """Return PSNR (dB), SSIM and relative L2 of each sample from floats (N, ..., height, width, channels) in [0, 1]."""
     gap = (images.double() - references.double()).flatten(1).norm(dim=1)
     similar = ssim(images, references)
     return {
@@ -183,7 +182,7 @@ def quality(images: Tensor, references: Tensor) -> dict[str, list[float]]:
 
 
 def ssim(images: Tensor, references: Tensor) -> list[float]:
-    """Structural similarity of each sample, of a video the mean over frames; empty without torchmetrics."""
+    """Return the SSIM of each sample (for a video the mean over frames); empty without torchmetrics."""
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure as measure
     except ImportError:
@@ -197,7 +196,7 @@ def ssim(images: Tensor, references: Tensor) -> list[float]:
 
 
 def full_steps(made: Run, steps: int, flops: int, flops_full: int) -> list[float]:
-    """Steps that each sample computed in full; where nothing was recorded, the equivalent of the FLOPs, for all."""
+    """Return the number of full steps of each sample; without a report, estimate one number for all from the FLOPs."""
     if made.report:
         return [float(sample.full + sample.rejected) for sample in made.report.samples]
     return [steps * flops / flops_full] * len(made.images)

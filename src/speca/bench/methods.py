@@ -1,4 +1,4 @@
-"""Every method behind one interface: a name, the knob that is swept, and how one setting is put on a pipeline."""
+"""Methods behind one interface: a name, the swept parameter, and a context that applies one setting to a pipeline."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .recording import TuningData
 from .setup import Apply, Call, Setup
 
 Prepare = Callable[[TuningData, Any], Any]
-"""From what is known beforehand and a value of the knob to what `apply` is given instead; plain numbers in lists."""
+"""Turn tuning data and a value of the knob into the value passed to `apply`, such as a schedule as a list."""
 
 FAMILIES = ("steps", "forecast", "speca", "schedule", "rival", "oracle")
 
 
 @dataclass(frozen=True)
 class Method:
-    """One competitor, swept over `values` of `knob`.
+    """One method, swept over `values` of its parameter `knob`.
 
-    A method that cannot run on a model raises from `prepare`, `apply` or the run; the bench keeps the message as its
-    row. Where there is a `prepare`, a value is turned into something else first: a number of full steps into a
-    schedule, say. `family` groups methods in reports; an "oracle" knows what no method can know, the full run.
+    If a method cannot run on a model, `prepare`, `apply` or the run raises, and the bench records the message.
+    `prepare`, if given, converts a value first, for example a number of full steps into a schedule. `family` groups
+    methods in reports; methods of the family "oracle" use the full run, which is unknown in practice.
     """
 
     name: str
@@ -41,18 +41,18 @@ class Method:
 # ------------------------------------------------------------------------------------------------ solvers
 @contextmanager
 def plain(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:
-    """No acceleration."""
+    """Run the pipeline without acceleration."""
     yield Setup(pipe, call)
 
 
 @contextmanager
 def fewer_steps(pipe: Any, call: Call, steps: int) -> Iterator[Setup]:
-    """The pipeline's own solver with fewer steps."""
+    """Run the pipeline's own solver with fewer steps."""
     yield Setup(pipe, {**call, "num_inference_steps": steps})
 
 
 def solver(name: str) -> Apply:
-    """Another scheduler of diffusers, called `name`, at fewer steps; of a flow it keeps the flow's own sigmas."""
+    """Run the diffusers scheduler called `name` with fewer steps; for a flow model, keep the sigmas of the pipeline."""
 
     @contextmanager
     def apply(pipe: Any, call: Call, steps: int) -> Iterator[Setup]:
@@ -74,10 +74,10 @@ def solver(name: str) -> Apply:
 
 
 def _own_grid(cls: Any, dynamic: bool) -> Any:
-    """The scheduler class on the flow's own time grid, whatever a pipeline hands over to any scheduler.
+    """Return a subclass of the scheduler that always uses the flow's own time grid.
 
-    Pipelines give their own sigmas, which some solvers refuse and which are this grid anyway, and the shift `mu` of the
-    image size, which only counts where the flow is shifted by it.
+    Pipelines pass sigmas to `set_timesteps`; they equal this grid, and some solvers refuse them, so they are dropped.
+    The shift `mu` of the image size is used only where the flow has dynamic shifting.
     """
 
     class OnOwnGrid(cls):
@@ -96,7 +96,7 @@ def _own_grid(cls: Any, dynamic: bool) -> Any:
 
 @contextmanager
 def adams_bashforth(pipe: Any, call: Call, steps: int) -> Iterator[Setup]:
-    """Two-step Adams-Bashforth on the own time grid of a flow: the last two velocities, weighted by the step sizes."""
+    """Run two-step Adams-Bashforth on the time grid of a flow, with weights for unequal step sizes."""
     own = pipe.scheduler
     if not _is_flow(own):
         raise InputError(f"Adams-Bashforth integrates a velocity, and {type(own).__name__} belongs to no flow.")
@@ -133,13 +133,13 @@ def _is_flow(scheduler: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------ speca's engine
 VERIFYING = VerifiedConfig(threshold_decay=1.0, min_draft=1, max_draft=8)
-"""The paper's rule with order-1 drafts, which beat its own settings on the bundled models (docs/LOG.md)."""
+"""The paper's rule with order-1 drafts, better on the bundled models than the paper's own settings (docs/LOG.md)."""
 
 
 def speca_with(knob: str, base: str | Config = VERIFYING, measured: bool = True, **fixed: Any) -> Apply:
-    """`speca` with the field `knob` set to the value; knob "preset" takes the name of one.
+    """Run `speca` with the configuration field `knob` set to the value; the knob "preset" takes the name of a preset.
 
-    Unless `measured`, without the calibration that a model may bring along.
+    If `measured` is false, ignore the calibration bundled with the model.
     """
 
     @contextmanager
@@ -152,7 +152,7 @@ def speca_with(knob: str, base: str | Config = VERIFYING, measured: bool = True,
 
 
 def scheduled(corrector: bool) -> Apply:
-    """Full at the steps of a schedule, order-1 forecasts between: corrected outputs, or features that are not."""
+    """Run full steps at a schedule and order-1 drafts between: outputs with correction, or features without."""
 
     @contextmanager
     def apply(pipe: Any, call: Call, schedule: list[int]) -> Iterator[Setup]:

@@ -1,8 +1,8 @@
-"""Caches at the authors' granularity, one for each attention and MLP, on unmodified DiT, FLUX and HunyuanVideo models.
+"""Forecast every attention and MLP module separately, as the authors' code does, on DiT, FLUX and HunyuanVideo models.
 
 For comparison only: TaylorSeer (arXiv:2503.06923) at even intervals, and SpeCa as its authors released it, with one
-verdict for the whole batch that acts a step late. `speca` itself keeps two tensors; this keeps `order + 1` for every
-module. Modules of a model are wrapped, its code is neither copied nor changed; on exit they are as before.
+check for the whole batch that takes effect one step later. `speca` keeps two tensors; this keeps `order + 1` for every
+module. The forward methods of the modules are wrapped and restored on exit.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ LAYOUTS: dict[str, dict[str, dict[str, str]]] = {
         "single_transformer_blocks": {"attn": SILENT, "proj_mlp": SILENT, "act_mlp": SILENT, "proj_out": FORECAST},
     },
 }
-"""What of each block is forecast, and what is left out as only a forecast follows: the choice of the released code."""
+"""Modules of each block that are forecast, and modules skipped in a draft, as in the authors' released code."""
 LAYOUTS["HunyuanVideoTransformer3DModel"] = LAYOUTS["FluxTransformer2DModel"]
 ORDERS = {"DiTTransformer2DModel": 4, "FluxTransformer2DModel": 2, "HunyuanVideoTransformer3DModel": 1}
-"""The authors' orders for each model."""
+"""Order of the forecast that the authors use for each model."""
 
 
 class Differences:
-    """The newest full output of one module with its finite differences, and the Taylor sum over them."""
+    """The newest full output of one module, its finite differences, and the Taylor forecast from them."""
 
     def __init__(self, order: int) -> None:
         self.order, self.step = order, -1
         self.terms: list[Tensor] = []
 
     def push(self, value: Tensor, step: int) -> None:
-        """`d_0 = F, d_{i+1} = (d_i - old d_i) / gap`: the differences of the released code, by the newest gap alone."""
+        """`d_0 = F, d_{i+1} = (d_i - old d_i) / gap`: as in the released code, only the newest gap is used."""
         terms, gap = [value], step - self.step
         for old in self.terms[: self.order]:
             terms.append((terms[-1] - old) / gap)
@@ -63,7 +63,7 @@ class Differences:
 
 
 class ModuleCache:
-    """All wrapped modules of one transformer, and what they do at the step that is under way."""
+    """All wrapped modules of one transformer, and the mode of the current step."""
 
     def __init__(self, model: nn.Module, order: int, judge: Rule) -> None:
         self.judge, self.order = judge, order
@@ -87,12 +87,12 @@ class ModuleCache:
         self.last_out = next((n for n, m, _ in self.parts if m is getattr(self.last, "proj_out", None)), "")
 
     def begin(self, total: int) -> None:
-        """A new run of `total` steps."""
+        """Begin a run of `total` steps."""
         self.differences, self.shapes, self.step, self.total = {}, {}, 0, total
         self.record = Record(0, (), total=total)
 
     def forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The transformer's forward, one step for each call."""
+        """Return the wrapped forward of the transformer; each call is one step."""
 
         @functools.wraps(original)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ class ModuleCache:
         return run
 
     def wrap(self, name: str, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A module's forward: real and remembered in a full step, forecast or left out in a draft."""
+        """Return the wrapped forward of a module: computed and kept in full steps, forecast or skipped in drafts."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if not self.drafting:
@@ -124,7 +124,7 @@ class ModuleCache:
                 return out
             if kind == FORECAST:
                 parts = [differences.at(self.step) for differences in self.differences[name]]
-            else:  # nothing reads it but the module that is forecast
+            else:  # only the forecast module uses this output
                 like = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
                 parts = [like.new_zeros(()).expand(shape) for shape in self.shapes[name]]
             return tuple(parts) if len(parts) > 1 else parts[0]
@@ -132,7 +132,7 @@ class ModuleCache:
         return run
 
     def verify(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The last block's forward: in a checked draft it runs once more, for real, and only the error is kept."""
+        """Return the wrapped forward of the last block: a checked draft also computes it and keeps only the error."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             out = original(*args, **kwargs)
@@ -159,7 +159,7 @@ class ModuleCache:
 
 
 def per_module(settings: Callable[[Any], VerifiedConfig], order: int | None = None) -> Apply:
-    """Caches of single modules under the rule of `settings(value)`; `order` None is the authors'."""
+    """Run module-wise forecasts under the rule of `settings(value)`; `order` None uses the authors' order."""
 
     @contextmanager
     def apply(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:

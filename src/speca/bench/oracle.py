@@ -1,4 +1,4 @@
-"""Oracles: they know each sample's own full run, which no method can; they say what placing full steps could give."""
+"""Oracles: methods that use each sample's own full run to place full steps, as a bound for practical methods."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .methods import Prepare
 from .recording import TuningData, anneal, true_errors
 from .setup import Call, Setup
 
-OWN_TRIES = 600  # of a search on a single sample
+OWN_TRIES = 600  # proposals of a search on a single sample
 
 
 @contextmanager
 def own_schedules(
     pipe: Any, call: Call, schedules: Sequence[Sequence[int]], corrector: bool = False
 ) -> Iterator[Setup]:
-    """Each sample in full at its own steps: entry k of `schedules` is for sample k of all that are made."""
+    """Compute each sample in full at its own steps; `schedules[k]` is the schedule of sample k of all samples."""
     first = 0
 
     def due(record: Record, anchors: int) -> Plan:
@@ -50,7 +50,7 @@ def own_schedules(
 
 
 def own_search(corrected: bool) -> Prepare:
-    """For each reporting sample, the schedule of so many full steps that is best on its own recording."""
+    """Return, for each reporting sample, the best schedule with `full` full steps on its own recording."""
 
     def prepare(data: TuningData, full: int) -> list[list[int]]:
         recording = data.recording(reporting=True)
@@ -60,15 +60,15 @@ def own_search(corrected: bool) -> Prepare:
 
 
 def own_errors(data: TuningData, tolerance: float) -> list[list[int]]:
-    """For each reporting sample, the steps whose draft would be off by more than `tolerance`, truly."""
+    """Return, for each reporting sample, the steps whose draft has a true error above `tolerance`."""
     return true_errors(data.recording(reporting=True), tolerance)
 
 
 def fewest_steps(rows: Sequence[dict[str, Any]], family: str, targets: Sequence[float]) -> list[dict[str, Any]]:
-    """Rows of "oracle-steps": of the schedules in the rows of method `family`, the cheapest that reaches each PSNR.
+    """Return rows of "oracle-steps": per sample, the cheapest schedule of method `family` that reaches a target PSNR.
 
-    Nothing is run for it: it picks, for each sample on its own, among what was measured. A sample that no schedule
-    brings to the target costs a full run.
+    Choose among the measured schedules; nothing is run. A sample that no schedule brings to the target costs a full
+    run.
     """
     measured = sorted((r for r in rows if r.get("method") == family and "psnr" in r), key=lambda r: float(r["flops"]))
     out: list[dict[str, Any]] = []

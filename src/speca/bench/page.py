@@ -1,4 +1,4 @@
-"""The report as one static page that needs no other file."""
+"""Write the report as one static HTML page without external files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ td.long{white-space:normal;min-width:20rem}code{background:#f5f5f4;padding:.05re
 
 
 def page(words: str, pictures: Mapping[str, Path]) -> str:
-    """The Markdown of a report as HTML: headings, tables, paragraphs, and `pictures`, by name, within it."""
+    """Convert a report from Markdown to HTML: headings, tables, paragraphs, and `pictures` (by file name) embedded."""
     body: list[str] = []
     titles = [line[3:] for line in words.splitlines() if line.startswith("## ")]
     block: list[str] = []
@@ -51,7 +51,7 @@ def page(words: str, pictures: Mapping[str, Path]) -> str:
 
 
 def _table(lines: list[str]) -> str:
-    """One table; its second line says which columns are numbers."""
+    """Return one table as HTML; right-align the columns marked `---:` in its second line."""
     cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
     numbers = [mark.endswith(":") for mark in cells[1]]
     rows = [_row("th", cells[0], numbers, "")]

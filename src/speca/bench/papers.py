@@ -1,10 +1,10 @@
-"""The tables of the paper, ready for whoever has the weights: samples in the layouts that the usual scorers read.
+"""Reproduce the tables of the paper: write samples in the layouts that the usual scorers read. The weights are needed.
 
 `paper-dit`: DiT-XL/2 on ImageNet 256, 50 DDIM steps, guidance 1.5, 50,000 images, FID and Inception Score.
 `paper-flux`: FLUX.1-dev, the 200 prompts of DrawBench, ImageReward and CLIP score.
 `paper-hunyuan`: HunyuanVideo on the prompts of VBench, five videos each, named as VBench wants them.
 
-A run can be resumed: a sample that is there is not made again. FLOPs are counted on the first batch of a setting.
+A run can be resumed: existing samples are kept. FLOPs are counted on the first batch of a setting.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class Paper:
-    """One table: whose weights, how many samples, how they are asked for and what scores them."""
+    """One table of the paper: model, number of samples, arguments of the calls, and scorers."""
 
     model: str
     pipeline: str
@@ -67,17 +67,17 @@ PAPERS: dict[str, Paper] = {
 
 
 def paper(name: str) -> Paper:
-    """The suite called `name`; InputError with the nearest name if there is none."""
+    """Return the suite called `name`; raise InputError with the nearest name if there is none."""
     if name not in PAPERS:
         raise InputError(f"there is no suite {name!r}; {nearest(name, PAPERS)}")
     return PAPERS[name]
 
 
 def weights(plan: Paper, model: str, load: Callable[[str], Any]) -> Any:
-    """The pipeline `model`, or that of the paper if it is empty.
+    """Load the pipeline `model`, or that of the paper if `model` is empty.
 
     Raises:
-        InputError: it is not there, or is another pipeline; says what to get and where it is looked for.
+        InputError: the weights are not found, or the pipeline has another class than the paper's.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -85,7 +85,7 @@ def weights(plan: Paper, model: str, load: Callable[[str], Any]) -> Any:
         pipe = load(model or plan.model)
     except InputError as problem:
         raise InputError(
-            f"{model or plan.model} is not at hand ({str(problem).rstrip('.')}). It is looked for in {HF_HUB_CACHE}, "
+            f"{model or plan.model} was not found ({str(problem).rstrip('.')}). It is looked for in {HF_HUB_CACHE}, "
             f"where `hf download {plan.model}` puts it (FLUX.1-dev also asks for `hf auth login`), or name the folder "
             f"of any {plan.pipeline} instead: speca bench FOLDER --suite ..."
         ) from problem
@@ -95,7 +95,7 @@ def weights(plan: Paper, model: str, load: Callable[[str], Any]) -> Any:
 
 
 class PaperRun:
-    """One suite on one pipeline: samples in `out/samples`, rows in `out/results.jsonl`."""
+    """Run one suite on one pipeline; samples go to `out/samples`, rows to `out/results.jsonl`."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class PaperRun:
         sizes: dict[str, Any] | None = None,
         sweep: int = 3,
     ) -> None:
-        """`prompts`: a file with one prompt a line. `reference`: folder of real images. `sizes` replaces the call's."""
+        """`prompts`: file, one prompt per line; `reference`: folder of real images; `sizes`: extra call arguments."""
         self.plan, self.pipe, self.name, self.out, self.reference = paper(name), pipe, name, out, reference
         self.prompts = self._prompts(prompts)
         count = min(self.plan.samples, len(self.prompts) * self.plan.repeats) if self.prompts else self.plan.samples
@@ -148,10 +148,10 @@ class PaperRun:
         row: dict[str, Any] = {"kind": "quality", "method": method.name, "knob": method.knob, "value": value}
         folder = self.out / "samples" / re.sub(r"[^\w.]+", "-", f"{method.name}-{value}")
         if method.prepare:
-            return {**row, "reason": "a schedule is searched on tuning samples, which the paper's suites have none of"}
+            return {**row, "reason": "a schedule is searched on tuning samples, and the paper's suites have none"}
         try:
             seconds, made, flops = self._make(method, value, folder)
-        except Exception as error:  # rivals raise whatever they like; the row says what
+        except Exception as error:  # other packages raise errors of any type; the row keeps the message
             return {**row, "reason": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
         row |= {"seconds": seconds, "made": made, "flops": flops, "folder": folder.name}
         if flops:
@@ -169,7 +169,7 @@ class PaperRun:
         return {"scores": scores, "unscored": unscored}
 
     def _make(self, method: Method, value: Any, folder: Path) -> tuple[float, int, float | None]:
-        """Seconds of the samples that were made, how many, and FLOPs a sample of the first batch."""
+        """Make the missing samples; return their seconds, their number, and the FLOPs per sample of the first batch."""
         folder.mkdir(parents=True, exist_ok=True)
         missing = [k for k in range(self.samples) if not self._place(folder, k)]
         parts = [missing[k : k + self.plan.batch] for k in range(0, len(missing), self.plan.batch)]
@@ -192,14 +192,14 @@ class PaperRun:
         return seconds / counted_samples if counted_samples else 0.0, len(missing), flops
 
     def _call(self, part: Sequence[int]) -> dict[str, Any]:
-        """The pipeline's arguments for some samples; sample k has seed k."""
+        """Return the arguments of the pipeline for some samples; sample k has seed k."""
         if not self.prompts:
             classes = self.pipe.transformer.config.num_embeds_ada_norm
             return {**self.call, "class_labels": [k % classes for k in part]}
         return {**self.call, "prompt": [self.prompts[k // self.plan.repeats] for k in part]}
 
     def _stem(self, k: int) -> str:
-        """VBench finds videos by prompt and repetition, other scorers read a folder in order."""
+        """Return the file name of sample k: prompt and repetition for VBench, else the number of the sample."""
         if self.plan.repeats > 1:
             return f"{self.prompts[k // self.plan.repeats][:180]}-{k % self.plan.repeats}"
         return f"{k:06d}"
@@ -230,7 +230,7 @@ SUFFIXES = (".png", ".mp4", ".gif")
 
 
 def save(sample: Tensor, stem: Path) -> Path:
-    """An image (H, W, C) as PNG; a video (frames, H, W, C) as MP4 if a writer is installed, else as GIF."""
+    """Write an image (H, W, C) as PNG, a video (frames, H, W, C) as MP4 if a writer is installed, else as GIF."""
     from PIL import Image
 
     pixels = (sample.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
@@ -251,7 +251,7 @@ def save(sample: Tensor, stem: Path) -> Path:
 
 
 def table(name: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: what was measured here, and below it what others have published, with the source of each row."""
+    """Return Markdown with the figures measured here and, below them, published figures with their sources."""
     plan, settings = paper(name), [r for r in rows if r["kind"] == "quality"]
     published = PUBLISHED[name]
     kinds = list(dict.fromkeys(k for r in settings for k in r.get("scores", {})))

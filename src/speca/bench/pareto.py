@@ -1,4 +1,4 @@
-"""What a method gives at a speed fixed beforehand: read between neighbours of its own sweep, with intervals."""
+"""Quality of a method at a given speed, interpolated between the settings of its sweep, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: its realised speed, and the quality (N,) of each sample, seeds in the same order everywhere.
+    """One setting: its measured speed and the quality (N,) of each sample, in the same order of seeds for all settings.
 
-    `redrawn` holds speeds (DRAWS,) that other rounds of timing might have given; None where speed is counted and not
-    timed, or where nothing is known of how times scatter.
+    `redrawn` holds bootstrap draws (DRAWS,) of the speed over rounds of timing; None if the speed is in FLOPs or only
+    one round was timed.
     """
 
     speed: float
@@ -32,24 +32,23 @@ class Point:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a method gives at a speed: quality (N,) of each sample; and, where it was timed, (DRAWS, N) of other rounds.
+    """Quality (N,) of each sample at a speed, and bootstrap draws (DRAWS, N) of it over rounds of timing, if timed.
 
-    A draw whose rounds leave the speed outside the sweep is NaN, and intervals are taken over the others.
+    A draw is NaN if the speed lies outside its sweep; intervals ignore such draws.
     """
 
     values: Tensor
     redrawn: Tensor | None = None
 
     def others(self) -> Tensor:
-        """Quality (DRAWS, N) or (1, N) as other rounds of timing would have it."""
+        """Return the bootstrap draws of the quality (DRAWS, N), or the quality itself (1, N) if there are none."""
         return self.values[None] if self.redrawn is None else self.redrawn
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The best settings of one sweep, slowest first: none other is both faster and, at the median, better.
+    """Return the Pareto front of a sweep by speed and median quality, slowest first.
 
-    For all methods alike, so each is seen at its best swept settings; that they are picked on the reporting seeds is in
-    favour of methods with many knobs.
+    Settings are selected on the reporting seeds, which favours methods with many settings.
     """
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (-p.speed, -_median(p))):
@@ -59,13 +58,13 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def at_speed(points: Sequence[Point], speed: float) -> Tensor | None:
-    """Quality (N,) at `speed`, linear in log speed between two neighbours of the front of one sweep; None outside."""
+    """Return the quality (N,) at `speed`, linear in log speed between neighbours on the front; None outside of it."""
     found = reading(points, speed, redraw=False)
     return None if found is None else found.values
 
 
 def reading(points: Sequence[Point], speed: float, redraw: bool = True) -> Reading | None:
-    """`at_speed`, and with `redraw` the same with the front and the neighbours of every draw of the speeds."""
+    """Return the quality as `at_speed` does; with `redraw`, also compute it for every bootstrap draw of the speeds."""
     if not points:
         return None
     ordered = sorted(points, key=lambda p: -_median(p))
@@ -80,7 +79,7 @@ def reading(points: Sequence[Point], speed: float, redraw: bool = True) -> Readi
 
 
 def _between(values: Tensor, speeds: Tensor, speed: float) -> Tensor:
-    """Qualities (D, N) at `speed` from settings of qualities (S, N), best median first, and speeds (D, S)."""
+    """Return qualities (D, N) at `speed` from qualities (S, N) of settings, best median first, and speeds (D, S)."""
     fastest = speeds.argsort(dim=1, descending=True, stable=True)
     median = values.quantile(0.5, dim=1)[fastest]
     best = torch.nn.functional.pad(median.cummax(1).values[:, :-1], (1, 0), value=-math.inf)
@@ -96,7 +95,7 @@ def _between(values: Tensor, speeds: Tensor, speed: float) -> Tensor:
 
 
 def needed(points: Sequence[Point], target: float, q: float = 0.5) -> float | None:
-    """The largest speed at which quantile `q` of the quality still reaches `target`; None if no setting does."""
+    """Return the largest speed at which quantile `q` of the quality reaches `target`; None if no setting does."""
     ordered = front(points)
     best = None
     for low, high in pairwise(ordered):
@@ -110,29 +109,28 @@ def needed(points: Sequence[Point], target: float, q: float = 0.5) -> float | No
 
 
 def median_interval(found: Reading, seed: int = 0) -> tuple[float, float, float]:
-    """Median over samples, with its 95 % bootstrap interval over samples and rounds of timing."""
+    """Return the median over samples with its 95 % bootstrap interval over samples and rounds of timing."""
     return float(found.values.quantile(0.5)), *_interval(_resampled(found.others(), seed).quantile(0.5, dim=1))
 
 
 def paired_difference(one: Reading, other: Reading, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of `one - other`, both of the same seeds, with its 95 % bootstrap interval over samples and rounds."""
+    """Return the mean of `one - other` on the same seeds with its 95 % bootstrap interval over samples and rounds."""
     drawn = _resampled(one.others() - other.others(), seed).mean(1)
     return float((one.values - other.values).mean()), *_interval(drawn)
 
 
 def redrawn(rounds: Mapping[tuple[str, Any], Sequence[float]], seed: int = 0) -> dict[tuple[str, Any], Tensor]:
-    """Medians over rounds (DRAWS,) that other rounds would have given, for each (method, setting) of `rounds`.
+    """Return bootstrap draws (DRAWS,) of the median over rounds for each (method, setting) of `rounds`.
 
-    What the machine does meanwhile moves a whole round of a method, so rounds are drawn, not single times: each round
-    of a method is replaced by some round of any method, and a setting in it is off by what one in that round was off.
-    Deviations of all methods are used for all: a machine treats them alike, and one timed once has none of its own.
-    Empty, where no setting was timed twice.
+    Load on the machine changes all times of a round together, so whole rounds are drawn: for each round of a method,
+    draw a round of any method, and give each setting the deviation of some setting in that round. Deviations are pooled
+    over methods, as a method timed once has none. Return an empty dict if no setting was timed twice.
     """
     off: dict[tuple[str, int], list[float]] = defaultdict(list)
     for (method, _), speeds in rounds.items():
         if (count := len(speeds)) > 1:
             logs = [math.log(s) for s in speeds]
-            for number, value in enumerate(logs):  # deviations from a mean of few are too small by this factor
+            for number, value in enumerate(logs):  # deviations from a mean of few values are too small
                 off[method, number].append((value - statistics.fmean(logs)) * math.sqrt(count / (count - 1)))
     if not off:
         return {}
@@ -160,7 +158,7 @@ def _values(point: Point) -> Tensor:
 
 
 def _resampled(values: Tensor, seed: int) -> Tensor:
-    """Samples drawn anew, with replacement, from (DRAWS, N) or (1, N): (DRAWS, N)."""
+    """Return (DRAWS, N) samples drawn with replacement from (DRAWS, N) or (1, N)."""
     count = values.shape[1]
     drawn = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))
     return values.expand(DRAWS, count).gather(1, drawn)

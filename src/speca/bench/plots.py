@@ -1,4 +1,4 @@
-"""Pictures that can be read: our method in front, each family in a colour of its own, names at the ends of lines."""
+"""Plots of quality against speed, one colour per family, with `speca` in front and names at the ends of the lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAST = 10.0  # times; faster settings are not drawn
 
 
 def plot(rows: Rows, place: Path, name: str, axis: str = "flops") -> None:
-    """`name`.svg and .png in `place`: one panel a family against `speca`, median as lines, 5th percentile below."""
+    """Write `name`.svg and .png to `place`: one panel per family with `speca`, medians as lines, shaded to P5."""
     from matplotlib.figure import Figure
 
     found, family = curves(rows, axis), families(rows)
@@ -62,7 +62,7 @@ def plot(rows: Rows, place: Path, name: str, axis: str = "flops") -> None:
 
 
 def summary(rows: Rows, place: Path, name: str, axis: str = "flops") -> None:
-    """`name`.svg and .png in `place`: at 3x, 5x and 7x, each method from its 5th percentile to its median."""
+    """Write `name`.svg and .png to `place`: P5 to median of each method at 3x, 5x and 7x."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -105,7 +105,7 @@ def summary(rows: Rows, place: Path, name: str, axis: str = "flops") -> None:
 
 
 def _rank(values: dict[str, dict[float, Any]], method: str, speed: float) -> int:
-    """How many methods are better at a speed; all of them where the method does not reach it."""
+    """Return how many methods are better at a speed; all of them if the method does not reach it."""
     own = values[method][speed]
     if own is None:
         return len(values)
@@ -156,15 +156,15 @@ def _panel(panel: Any, kind: str, others: dict[str, list[Point]], ours: Sequence
 
 
 def _label(panel: Any, labels: Sequence[tuple[float, float, str, Any]]) -> None:
-    """Names at the right edge, moved apart where they would touch, with a hair line to the end of their curve."""
+    """Draw names at the right edge without overlap, each with a thin line to the end of its curve."""
     ordered = sorted(labels, key=lambda label: label[0])
     low, high = panel.get_ylim()
     gap = 0.041 * (high - low)
     places = [min(height, high) for height, *_ in ordered]
-    for k in range(1, len(places)):  # up, away from the one below
+    for k in range(1, len(places)):  # move up, away from the name below
         places[k] = max(places[k], places[k - 1] + gap)
     excess = max(0.0, places[-1] - high) if places else 0.0
-    for k in reversed(range(len(places))):  # and down again, where that has left the panel
+    for k in reversed(range(len(places))):  # move down names that left the panel
         places[k] = min(places[k], high - gap * (len(places) - 1 - k)) if excess else places[k]
     for at, (height, speed, name, colour) in zip(places, ordered, strict=True):
         panel.annotate(
@@ -176,7 +176,7 @@ def _label(panel: Any, labels: Sequence[tuple[float, float, str, Any]]) -> None:
 
 
 def _shade(colour: str, index: int, count: int) -> tuple[float, float, float]:
-    """One of `count` shades of a colour, from itself towards a light one."""
+    """Return one of `count` shades of a colour, from the colour itself towards a light one."""
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     share = 0.55 * index / max(1, count - 1)
     return (red + (1 - red) * share, green + (1 - green) * share, blue + (1 - blue) * share)

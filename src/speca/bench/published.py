@@ -1,4 +1,4 @@
-"""Figures others have published, beside which the paper's suites stand; each with its source. Nothing here is ours."""
+"""Published figures of other authors, with sources, listed beside the results of the paper's suites."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """One row of someone else's table. `speed` is the speed-up in FLOPs, `latency` in time; None if not given."""
+    """One row of a published table. `speed` is the speed-up in FLOPs, `latency` that in time; None if not given."""
 
     method: str
     speed: float | None
@@ -59,4 +59,4 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         Published("DPCache", 4.05, None, {"VBench": 80.35}, DPCACHE),
     ),
 }
-"""By suite."""
+"""Published rows by name of the suite."""

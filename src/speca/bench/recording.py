@@ -1,10 +1,10 @@
-"""Schedules found on a recording: what the model gave at every step of full runs, as inner products only.
+"""Search schedules of full steps on recordings: inner products of the outputs at all steps of full runs.
 
-A linear sampler sums the outputs `v_j` of the model with known weights. If a step is drafted, its output is a
-weighted sum of the outputs at full steps; so on the path of the full run, what drafts do to the final sample is
-`sum_q u_q v_q`, with `u` from the schedule alone, and its size follows from the inner products of the recorded
-outputs, a T x T matrix a sample. So a schedule is judged without the model, in a tenth of a millisecond for each
-sample. Shapes: N samples, T steps.
+The final sample of a linear sampler is a weighted sum of the outputs `v_j` of the model, with known weights. The output
+of a draft is a weighted sum of the outputs at full steps. To first order, a schedule therefore changes the final sample
+by `sum_q u_q v_q`, where `u` depends on the schedule alone. The norm of this change follows from the inner products of
+the recorded outputs, a T x T matrix per sample, so the error of a schedule is computed without running the model.
+Shapes: N samples, T steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .setup import Call
 
 @dataclass(frozen=True)
 class Recording:
-    """Of N full runs: inner products (N, T, T) of the outputs, and each output's weight (T,) in the final sample."""
+    """Recording of N full runs: inner products (N, T, T) of outputs, and their weights (T,) in the final sample."""
 
     products: np.ndarray
     effect: np.ndarray
@@ -39,23 +39,23 @@ class Recording:
         return len(self.effect)
 
     def errors(self, schedule: Sequence[int], corrected: bool = False) -> np.ndarray:
-        """Squared errors (N,) of the final samples, to first order, if only the steps of `schedule` are full."""
+        """Return the squared errors (N,) of the final samples, to first order, with full steps at `schedule`."""
         u = self.effect @ (drafts(schedule, self.steps, corrected) - np.eye(self.steps))
         found: np.ndarray = np.maximum(np.einsum("t,nts,s->n", u, self.products, u), 1e-12)
         return found
 
     def loss(self, schedule: Sequence[int], corrected: bool = False) -> float:
-        """Mean logarithm of the errors: the mean PSNR, upside down."""
+        """Return the mean logarithm of the errors, which falls linearly with the mean PSNR."""
         return float(np.log(self.errors(schedule, corrected)).mean())
 
     def of(self, sample: int) -> Recording:
-        """The recording of one sample alone."""
+        """Return the recording of one sample."""
         return Recording(self.products[sample : sample + 1], self.effect)
 
 
 @dataclass
 class TuningData:
-    """What methods may look at beforehand: tuning calls, for an oracle the reporting ones, and recordings of either."""
+    """Data for `Method.prepare`: tuning calls and their recordings; for oracles also those of the reporting seeds."""
 
     pipe: Any
     call: Call
@@ -68,14 +68,14 @@ class TuningData:
     _reference: list[Tensor] = field(default_factory=list)
 
     def reference(self) -> Tensor:
-        """The full runs of the tuning seeds (n, ...)."""
+        """Return the samples (n, ...) of the full runs of the tuning seeds, computed once."""
         if not self._reference:
             parts = split(self.tuning_call, self.tuning_seeds, self.batch)
             self._reference.append(torch.cat([run_once(self.pipe, *part, None).images for part in parts]))
         return self._reference[0]
 
     def recording(self, reporting: bool = False) -> Recording:
-        """Of the tuning seeds, or of the reporting seeds, which only an oracle may ask for."""
+        """Return the recording of the tuning seeds or, for oracles only, of the reporting seeds; computed once."""
         if reporting not in self._known:
             call, seeds = (self.call, self.seeds) if reporting else (self.tuning_call, self.tuning_seeds)
             self._known[reporting] = record(self.pipe, call, seeds, self.batch)
@@ -83,10 +83,10 @@ class TuningData:
 
 
 def record(pipe: Any, call: Call, seeds: Sequence[int], batch: int) -> Recording:
-    """Run in full and keep the inner products of what the scheduler was given at each step, after guidance.
+    """Run in full and record the inner products of the outputs, after guidance, that the scheduler receives.
 
     Raises:
-        InputError: the sampler is not linear, or is asked more than once a step.
+        InputError: the sampler is not linear, or the scheduler is called more than once per step.
     """
     products, effect = [], np.zeros(0)
     for part, some in split(call, seeds, batch):
@@ -103,7 +103,7 @@ def record(pipe: Any, call: Call, seeds: Sequence[int], batch: int) -> Recording
 
 
 def _outputs(pipe: Any, call: Call, seeds: list[int]) -> list[Tensor]:
-    """What the scheduler was given at each step of one run, the rows of the samples only."""
+    """Run once; return the output (n, ...) that the scheduler received at each step, for the rows of the samples."""
     outputs: list[Tensor] = []
     scheduler = pipe.scheduler
     original: Callable[..., Any] = scheduler.step
@@ -122,7 +122,10 @@ def _outputs(pipe: Any, call: Call, seeds: list[int]) -> list[Tensor]:
 
 
 def effect_of(steps: Sequence[Transition]) -> np.ndarray:
-    """What one unit of each step's output is worth in the final sample, later outputs following the sample."""
+    """Return the change (T,) of the final sample per unit change of each step's output.
+
+    Later outputs follow the changed sample by the Jacobian of the output.
+    """
     change = [np.zeros(len(steps))] * len(steps[0].keep)
     for step, unit in zip(steps, np.eye(len(steps)), strict=True):
         change = advance(change, step, unit + step.jacobian * change[0])
@@ -130,6 +133,7 @@ def effect_of(steps: Sequence[Transition]) -> np.ndarray:
 
 
 def lagrange(targets: np.ndarray, nodes: Sequence[int]) -> np.ndarray:
+    """Return the weights (len(targets), len(nodes)) of polynomial interpolation through `nodes` at `targets`."""
     weights = np.ones((len(targets), len(nodes)))
     for i, node in enumerate(nodes):
         for k, other in enumerate(nodes):
@@ -139,10 +143,10 @@ def lagrange(targets: np.ndarray, nodes: Sequence[int]) -> np.ndarray:
 
 
 def drafts(schedule: Sequence[int], steps: int, corrected: bool = False) -> np.ndarray:
-    """The matrix (T, T) from recorded outputs to those that are used: order-1 forecasts from the last two full steps.
+    """Return the matrix (T, T) from recorded to used outputs, with order-1 forecasts from the last two full steps.
 
-    Where `corrected`, drafts with a full step after them are interpolated with it, which is what a corrector makes of
-    them in the end.
+    With `corrected`, drafts before a later full step also use that step as a node of interpolation, which equals their
+    value after the correction.
     """
     full = sorted(schedule)
     used = np.zeros((steps, steps))
@@ -157,34 +161,34 @@ def drafts(schedule: Sequence[int], steps: int, corrected: bool = False) -> np.n
 
 
 def uniform_schedule(steps: int, full: int) -> list[int]:
-    """`full` steps, 3 or more, of 0..steps-1 spread evenly, the first two and the last among them."""
+    """Return `full` (3 or more) evenly spread steps of 0..steps-1, with the first two and the last."""
     return sorted({0, 1} | {1 + round((steps - 2) * (k + 1) / (full - 2)) for k in range(full - 2)})
 
 
 def random_schedule(steps: int, full: int, seed: int) -> list[int]:
-    """The first two steps and `full - 2` others drawn at random."""
+    """Return the first two steps and `full - 2` others drawn at random."""
     return sorted({0, 1, *random.Random(seed).sample(range(2, steps), full - 2)})
 
 
 def anneal(recording: Recording, full: int, corrected: bool = False, tries: int = 4000, seed: int = 0) -> list[int]:
-    """The best schedule of `full` steps found by simulated annealing from an even one, in seconds.
+    """Return the best schedule of `full` steps found by simulated annealing from an even one (takes seconds).
 
-    A proposal moves one full step, most often to a neighbour; worse ones are taken while it is warm (Kirkpatrick et
-    al., 1983). The first two steps are anchors and stay.
+    A proposal moves one full step, most often to a nearby step; worse proposals are accepted with a probability that
+    falls with the temperature (Kirkpatrick et al., 1983). The first two steps stay full.
     """
     draw = random.Random(seed)
     now = uniform_schedule(recording.steps, full)
     loss = least = recording.loss(now, corrected)
     best = now
     for attempt in range(tries):
-        warmth = 0.5 * (1 - attempt / tries) ** 2 + 1e-9
+        temperature = 0.5 * (1 - attempt / tries) ** 2 + 1e-9
         moved = draw.choice(now[2:])
         to = moved + draw.choice((-2, -1, 1, 2)) if draw.random() < 0.7 else draw.randrange(2, recording.steps)
         if not 2 <= to < recording.steps or to in now:
             continue
         proposal = sorted({*now, to} - {moved})
         value = recording.loss(proposal, corrected)
-        if value < loss or draw.random() < math.exp((loss - value) / warmth):
+        if value < loss or draw.random() < math.exp((loss - value) / temperature):
             now, loss = proposal, value
             if value < least:
                 best, least = proposal, value
@@ -192,10 +196,10 @@ def anneal(recording: Recording, full: int, corrected: bool = False, tries: int 
 
 
 def true_errors(recording: Recording, tolerance: float) -> list[list[int]]:
-    """For each sample, the steps an all-knowing verifier computes in full: where drafts would add up to too much.
+    """Return, for each sample, the full steps chosen with the true error of the drafts.
 
-    What the drafts since the last full step are off by is judged by what it is worth in the final sample, on the path
-    of the sample's own full run, relative to what all outputs are worth together.
+    A step is full if drafting it would raise the effect of the errors since the last full step on the final sample
+    above `tolerance`, relative to the norm of the weighted sum of all outputs, on the path of the full run.
     """
     effect, found = recording.effect, []
     for products in recording.products:

@@ -1,4 +1,4 @@
-"""The report of one results file, in Markdown and as a page, with its pictures."""
+"""Write the report of one results file as Markdown and HTML, with plots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AXES = {"flops": "FLOPs", "wall": "transformer seconds"}
 
 
 def about(row: dict[str, Any]) -> list[str]:
-    """What was run on what, as paragraphs."""
+    """Return paragraphs about the model, the suite, the hardware and the versions."""
     tuning, seeds, plan = row["tuning_seeds"], row["seeds"], row["suite"]
     machine = ", ".join(f"{k} {v}" for k, v in row["hardware"].items())
     return [
@@ -41,7 +41,7 @@ def about(row: dict[str, Any]) -> list[str]:
 
 
 def markdown(rows: Rows) -> str:
-    """The report; its plots are expected beside it."""
+    """Return the report in Markdown; it links plots in the same folder."""
     lines = [f"# Bench: {rows[0]['model']}", ""]
     for paragraph in about(rows[0]):
         lines += [paragraph, ""]
@@ -70,7 +70,7 @@ def _notes(rows: Rows) -> list[str]:
 
 
 def write(rows: Rows, place: Path) -> None:
-    """`report.md`, pictures as SVG and PNG, and `index.html`, which needs no other file, into `place`."""
+    """Write `report.md`, the plots as SVG and PNG, and `index.html` without external files to the folder `place`."""
     plot(rows, place, "curves")
     summary(rows, place, "summary")
     words = markdown(rows)

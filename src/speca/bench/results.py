@@ -1,4 +1,4 @@
-"""The rows of a results file: settings that ran, the curve of each method, and what could not run."""
+"""Select rows of a results file: settings that ran, the curve of each method, and settings that could not run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ OURS = "speca"
 
 
 def measured(rows: Rows, batch: int | None = None) -> list[dict[str, Any]]:
-    """The settings that ran, with `wall_speedup` where they were timed: the median over rounds, in calls of `batch`.
+    """Return the settings that ran, with `wall_speedup`, the median over rounds, where calls of `batch` were timed.
 
-    Without `batch`, of the first size that was timed. Each time is set against the full run that was timed beside it.
-    On a CPU it is processor time, which does not change with what else the machine does.
+    Without `batch`, use the first batch size that was timed. Each time is divided into that of the full run timed next
+    to it. On a CPU, times are processor time, which depends little on other load of the machine.
     """
     times = [r for r in rows if r["kind"] == "time"]
     clock = "processor" if rows[0]["hardware"].get("device") == "cpu" else "seconds"
@@ -36,10 +36,10 @@ def measured(rows: Rows, batch: int | None = None) -> list[dict[str, Any]]:
 
 
 def curves(rows: Rows, axis: str = "flops", metric: str = "psnr", oracles: bool = True) -> dict[str, list[Point]]:
-    """The sweep of each method: realised speed along `axis` ("flops" or "wall") and quality of each sample.
+    """Return the sweep of each method: measured speed along `axis` ("flops" or "wall") and quality of each sample.
 
-    Settings that drew what the full run draws are left out: their PSNR is a cap, and what is read off on the way to a
-    cap is made up. Speeds in time carry what other rounds of timing might have given.
+    Leave out settings with samples identical to the full run: their recorded PSNR is an upper limit, so interpolation
+    towards it would be wrong. Speeds in time include bootstrap draws over rounds of timing.
     """
     settings, found = measured(rows), dict[str, list[Point]]()
     times = {(r["method"], r["value"]): r["wall_all"] for r in settings if r["wall_all"] and r["method"] != "none"}
@@ -55,12 +55,12 @@ def curves(rows: Rows, axis: str = "flops", metric: str = "psnr", oracles: bool 
 
 
 def families(rows: Rows) -> dict[str, str]:
-    """The family of each method."""
+    """Return the family of each method."""
     return {r["method"]: r["family"] for r in rows if r["kind"] == "quality"}
 
 
 def missing(rows: Rows) -> dict[tuple[str, str], list[Any]]:
-    """The settings that could not run, by method and reason."""
+    """Return the settings that could not run, by method and reason."""
     found: dict[tuple[str, str], list[Any]] = {}
     for row in rows:
         if row["kind"] == "quality" and "reason" in row:

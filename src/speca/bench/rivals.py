@@ -1,4 +1,4 @@
-"""The caches of diffusers and cache-dit behind the interface of `methods`: each as its own documents say."""
+"""Caches of diffusers and cache-dit behind the interface of `methods`, configured as their documentation says."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ TUNING_SEED = 500_000  # tuning seeds count up from here, reporting seeds from 0
 
 # ------------------------------------------------------------------------------------------------ diffusers
 def diffusers_cache(build: Build, with_step: bool = False) -> Apply:
-    """A cache of diffusers, from the configuration that `build(pipe, call, value)` makes.
+    """Apply a cache of diffusers with the configuration returned by `build(pipe, call, value)`.
 
-    A transformer whose class is no CacheMixin is made one for as long as the cache is on it, and a pipeline that names
-    no cache context gets one at each call: so these caches run on `DiTPipeline` too. Where `with_step`, the context
-    says at which step of how many, and at which noise level, a call stands.
+    Add CacheMixin to a transformer without it while the cache is active, and a cache context to each call of a pipeline
+    that sets none, so that these caches also run on `DiTPipeline`. With `with_step`, the context has the index of the
+    step, the number of steps and the noise level.
     """
 
     @contextmanager
@@ -48,9 +48,9 @@ def diffusers_cache(build: Build, with_step: bool = False) -> Apply:
 
 @contextmanager
 def cacheable(pipe: Any, steps: int = 0) -> Iterator[Any]:
-    """The transformer with `enable_cache`, which classes without CacheMixin lack, each call in a cache context.
+    """Add `enable_cache` of CacheMixin to the transformer and run each of its calls in a cache context.
 
-    With `steps` the context carries the step, counted from 0 to `steps` again and again, and its noise level.
+    With `steps`, the context has the index of the step, 0 to `steps - 1` in each run, and its noise level.
     """
     from diffusers.models.cache_utils import CacheMixin
 
@@ -81,7 +81,7 @@ def cacheable(pipe: Any, steps: int = 0) -> Iterator[Any]:
 
 
 def first_block(pipe: Any, call: Call, threshold: float) -> Any:
-    """FirstBlockCache: everything is reused while the first block's residual changes by less than the threshold."""
+    """FirstBlockCache: reuse all later blocks while the first block's residual changes by less than the threshold."""
     from diffusers import FirstBlockCacheConfig
 
     return FirstBlockCacheConfig(threshold=threshold)
@@ -94,7 +94,7 @@ BLOCKS, HEAD = [r"(single_)?transformer_blocks\.\d+"], [r"proj_out(_2)?"]
 def taylorseer(lite: bool) -> Build:
     """TaylorSeer at even intervals: each attention output forecast, or (`lite`) the last projection's alone.
 
-    What it matches by itself does not fit the names of DiT, so its own kinds are given by name.
+    Its default patterns do not match the module names of DiT, so patterns are passed.
     """
 
     def build(pipe: Any, call: Call, interval: int) -> Any:
@@ -120,9 +120,10 @@ def broadcast(pipe: Any, call: Call, skip: int) -> Any:
 
 
 def faster(pipe: Any, call: Call, skip: int) -> Any:
-    """FasterCache's attention part, after the first tenth of the run, as it must not skip at its first step.
+    """The attention cache of FasterCache, from the first tenth of the run on, as the first step cannot be skipped.
 
-    Its other part leaves out the uncond branch; it takes the first half of a batch for it, where DiT puts cond.
+    The cache of the unconditional branch is off: it expects that branch in the first half of a batch, where DiT has the
+    conditional one.
     """
     from diffusers import FasterCacheConfig
 
@@ -138,7 +139,7 @@ def faster(pipe: Any, call: Call, skip: int) -> Any:
 
 
 def magnitude(pipe: Any, call: Call, threshold: float) -> Any:
-    """MagCache, calibrated on one tuning seed as its documents say, with its own limits of skipped steps."""
+    """MagCache, calibrated on one tuning seed as its documentation says, with its default limits of skipped steps."""
     from diffusers import MagCacheConfig
 
     steps = call["num_inference_steps"]
@@ -152,7 +153,7 @@ _RATIOS: weakref.WeakKeyDictionary[Any, dict[int, list[float]]] = weakref.WeakKe
 
 
 def _magnitudes(pipe: Any, call: Call, steps: int) -> list[float]:
-    """The ratios that MagCache prints at the end of a calibration run; found once a model and number of steps."""
+    """Return the ratios that MagCache prints after a calibration run; cached per model and number of steps."""
     from diffusers import MagCacheConfig
 
     model = pipe.transformer
@@ -175,14 +176,14 @@ def _magnitudes(pipe: Any, call: Call, steps: int) -> list[float]:
 
 
 def spectral(pipe: Any, call: Call, threshold: float) -> Any:
-    """SeaCache, whose built-in adapters are of two video models: others are shown where the latents are."""
+    """SeaCache; it has adapters for two video models only, so others get a function that returns the latents."""
     from diffusers import SeaCacheConfig
 
     return SeaCacheConfig(threshold=threshold, max_consecutive_cached=0, raw_vision_callback=_latents)
 
 
 def _latents(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The latents of a call, each (C, T, H, W): packed tokens are unpacked to a square."""
+    """Return the latents of a call, each (C, T, H, W); packed tokens are unpacked to a square."""
     given: Tensor = args[0] if args else kwargs["hidden_states"]
     if given.ndim == 3:
         side = round(given.shape[1] ** 0.5)
@@ -195,21 +196,21 @@ SETTINGS = (
     "F1B0 W3 R0.05", "F1B0 W3 R0.1", "F1B0 W3 R0.2", "F1B0 W3 MC2 R0.8", "F1B0 W3 MC4 R0.8", "F1B0 W3 MC6 R0.8",
     "F1B0 W4 MC9 R0.8", "F4B0 W3 R0.15", "F1B2 W3 MC4 R0.8", "F8B0 W8 R0.08",
 )  # fmt: skip
-"""First and last blocks computed, warm-up, longest run of cached steps, residual threshold. The last is its default."""
+"""F, B: first and last blocks computed; W: warm-up; MC: most cached steps in a row; R: threshold. Last: the default."""
 
 _SETTING = re.compile(r"F(\d+)B(\d+) W(\d+)(?: MC(\d+))? R([\d.]+)")
 
 
 def quiet() -> None:
-    """Keep cache-dit from logging a dozen lines for each setting."""
+    """Silence the log of cache-dit, a dozen lines per setting."""
     for name in [n for n in logging.root.manager.loggerDict if n.lower().startswith("cache_dit")]:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def cache_dit(order: int) -> Apply:
-    """DBCache of cache-dit with one of SETTINGS; `order` 0 reuses, else its TaylorSeer forecasts.
+    """DBCache of cache-dit with one of SETTINGS; `order` 0 reuses residuals, 1 or more forecasts with TaylorSeer.
 
-    It patches classes for good, so it gets a copy of the pipeline under a class of its own.
+    cache-dit patches classes permanently, so it runs on a copy of the pipeline with a new class.
     """
 
     @contextmanager
@@ -234,7 +235,7 @@ def cache_dit(order: int) -> Apply:
 
 
 def configuration(library: Any, setting: str) -> Any:
-    """What `cache_dit` makes of one of SETTINGS; InputError if it is written otherwise."""
+    """Parse one of SETTINGS into arguments of `cache_dit`; raise InputError if the format is wrong."""
     found = _SETTING.fullmatch(setting)
     if not found:
         raise InputError(f"{setting!r} is no setting of cache-dit; write it like {SETTINGS[0]!r}.")

@@ -1,7 +1,7 @@
-"""Scorers of the paper's tables, each from a package of its own that is used where it is installed.
+"""Scorers of the paper's tables, each based on an optional package.
 
-All share one signature: a folder of samples, their captions in order, and a folder of real images or none, to figures
-by name. Where the package or its weights are missing they raise InputError, which says what to install.
+All take a folder of samples, their captions in order, and a folder of real images or None, and return figures by name.
+They raise InputError if the package or its weights are missing; the message says what to install.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..errors import InputError
 
 Scorer = Callable[[Path, Sequence[str], "Path | None"], dict[str, float]]
 VBENCH = ("subject_consistency", "background_consistency", "motion_smoothness", "aesthetic_quality", "imaging_quality")
-"""The dimensions that need no detector of their own; the total score is computed by VBench's own scripts."""
+"""The dimensions that need no object detector; the total score is computed by VBench's own scripts."""
 
 
 def fidelity(folder: Path, captions: Sequence[str], reference: Path | None) -> dict[str, float]:
-    """FID to `reference` and Inception Score, by torch-fidelity. It has no sFID, which ADM's evaluator computes."""
+    """Return FID to `reference` and Inception Score by torch-fidelity, which has no sFID (see the evaluator of ADM)."""
     try:
         from torch_fidelity import calculate_metrics
     except ImportError as error:
@@ -36,7 +36,7 @@ def fidelity(folder: Path, captions: Sequence[str], reference: Path | None) -> d
 
 
 def image_reward(folder: Path, captions: Sequence[str], reference: Path | None) -> dict[str, float]:
-    """Mean ImageReward (arXiv:2304.05977) of the images for their prompts."""
+    """Return the mean ImageReward (arXiv:2304.05977) of the images for their prompts."""
     try:
         import ImageReward
     except ImportError as error:
@@ -49,7 +49,7 @@ CLIP: Literal["openai/clip-vit-large-patch14"] = "openai/clip-vit-large-patch14"
 
 
 def clip_score(folder: Path, captions: Sequence[str], reference: Path | None) -> dict[str, float]:
-    """Mean CLIP score, 100 times the cosine, by torchmetrics."""
+    """Return the mean CLIP score, 100 times the cosine, by torchmetrics."""
     try:
         import numpy as np
         import torch
@@ -61,7 +61,7 @@ def clip_score(folder: Path, captions: Sequence[str], reference: Path | None) ->
         raise InputError(
             f"the CLIP score needs {error.name or error}; pip install torchmetrics transformers."
         ) from error
-    except Exception as error:  # the loaders of two libraries raise whatever they like where weights are missing
+    except Exception as error:  # two libraries raise errors of different types if weights are missing
         raise InputError(f"the CLIP score needs the weights of {CLIP}; run `hf download {CLIP}`.") from error
     for caption, path in _paired(folder, captions):
         with Image.open(path) as image:
@@ -70,7 +70,7 @@ def clip_score(folder: Path, captions: Sequence[str], reference: Path | None) ->
 
 
 def vbench(folder: Path, captions: Sequence[str], reference: Path | None) -> dict[str, float]:
-    """The dimensions of VBench in VBENCH, by its package; its total needs all sixteen and its own scripts."""
+    """Return the VBench scores of the dimensions in VBENCH; the total needs all sixteen and VBench's scripts."""
     try:
         from vbench import VBench
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What samples are worth without their own full run: agreement with what was asked, and distances of whole sets."""
+"""Scores beyond PSNR: agreement with the requested class or prompt, and distances between sets of samples."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..errors import InputError
 from .pareto import SPEEDS
 
 NEAR = math.log(1.15)
-"""Features are taken of settings within 15 % of a speed of the tables: a picture takes a tenth of a second."""
+"""Features (0.1 s per picture) are computed only for settings within 15 % of a speed of the tables, in log speed."""
 
 GROUPS = (
     "smileys & emotion", "people & body", "animals & nature", "food & drink",
     "travel & places", "activities", "objects", "symbols",
 )  # fmt: skip
-"""Classes of the classifier of the bundled emoji models, in its order."""
+"""Classes of the classifier of the bundled emoji models, in order of its outputs."""
 
 PROMPTS: tuple[tuple[str, str], ...] = (
     ("grinning face", GROUPS[0]), ("waving hand", GROUPS[1]), ("cat face", GROUPS[2]), ("red apple", GROUPS[3]),
@@ -32,13 +32,13 @@ PROMPTS: tuple[tuple[str, str], ...] = (
     ("red heart", GROUPS[0]), ("woman", GROUPS[1]), ("penguin", GROUPS[2]), ("banana", GROUPS[3]),
     ("sailboat", GROUPS[4]), ("basketball", GROUPS[5]), ("open book", GROUPS[6]), ("recycling symbol", GROUPS[7]),
 )  # fmt: skip
-"""What emoji models are asked for, with the group that Unicode CLDR puts it in."""
+"""Prompts of the emoji models, with their group in Unicode CLDR."""
 
 
 def arguments(pipe: Any, seeds: Sequence[int], steps: int, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Arguments of a call with one class or prompt a seed, the same for the same seed in every run.
+    """Return the arguments of a call with one class or prompt per seed, a function of the seed alone.
 
-    `sizes` is what the model is to be called with besides, see `speca.zoo.call_arguments`.
+    `sizes` are further arguments, see `speca.zoo.call_arguments`.
     """
     call = example_call(pipe, seeds)
     if "prompt" in call:
@@ -52,7 +52,7 @@ def _prompt(seed: int) -> str:
 
 
 class Judge:
-    """Scores the samples of one bundled model; of others it says nothing, and why."""
+    """Scores the samples of a bundled model; for other models, `notes` says why there are no scores."""
 
     def __init__(self, model: str, pipe: Any, seeds: Sequence[int], features: bool) -> None:
         from ..zoo import load_classifier, load_reference
@@ -74,7 +74,7 @@ class Judge:
         self.asked = _asked(pipe, seeds)
 
     def of_full(self, images: Tensor) -> dict[str, Any]:
-        """Take the full run for reference, and score it."""
+        """Set the samples of the full run as reference, and return their scores."""
         kinds = self._kinds(images)
         taken = torch.empty(0)
         try:
@@ -86,7 +86,7 @@ class Judge:
         return {**self._agreement(kinds), **self._distances(taken)}
 
     def of(self, images: Tensor, speed: float) -> dict[str, Any]:
-        """Agreement always; features only near the speeds of the tables."""
+        """Return the agreement and, near the speeds of the tables, the distances of the samples."""
         near = self.features and any(abs(math.log(speed / s)) < NEAR for s in SPEEDS)
         return {**self._agreement(self._kinds(images)), **(self._distances(self._taken(images)) if near else {})}
 
@@ -97,7 +97,7 @@ class Judge:
             return torch.as_tensor(self._classifier(stills(images) * 2 - 1).argmax(1))
 
     def _agreement(self, kinds: Tensor) -> dict[str, Any]:
-        """Share of samples of the asked class, and of those whose class is that of their own full run."""
+        """Return the share of samples classified as requested, and the share classified as their own full run."""
         if not len(kinds) or self._full is None:
             return {}
         out = {"same_class": (kinds == self._full[0]).double().mean().item()}
@@ -112,7 +112,7 @@ class Judge:
             return features(stills(images))
 
     def _distances(self, taken: Tensor) -> dict[str, Any]:
-        """KID to real pictures and to the full runs, and each sample's feature distance to its own full run."""
+        """Return KID to real pictures and to full runs, and the feature distance of each sample to its own full run."""
         if not len(taken) or self._full is None:
             return {}
         from ..compare.distance import kid
@@ -127,7 +127,7 @@ class Judge:
 
 
 def stills(samples: Tensor) -> Tensor:
-    """Pictures (N, C, H, W) of samples (N, H, W, C), or the middle frames of videos (N, frames, H, W, C)."""
+    """Return pictures (N, C, H, W) of samples (N, H, W, C), or the middle frames of videos (N, frames, H, W, C)."""
     return (samples[:, samples.shape[1] // 2] if samples.ndim == 5 else samples).movedim(-1, 1)
 
 

@@ -1,4 +1,4 @@
-"""The search for a fixed schedule by running it: local search on tuning seeds from the best schedule known before."""
+"""Search a fixed schedule by running candidates on tuning seeds: local search from an even or annealed schedule."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from .setup import Apply
 
 
 def search(apply: Apply, corrected: bool) -> Prepare:
-    """To the best schedule of so many full steps found in `data.tries` runs over the tuning seeds.
+    """Return a function that finds the best schedule with `full` full steps in `data.tries` runs over the tuning seeds.
 
-    It begins with the even schedule or, if that is better, with the annealed one. Best is the lowest mean relative L2
-    to the full run.
+    It starts with the better of the even and the annealed schedule and minimises the mean relative L2 to the full run.
     """
 
     def prepare(data: TuningData, full: int) -> list[int]:
@@ -33,11 +32,11 @@ def search(apply: Apply, corrected: bool) -> Prepare:
             return known[key]
 
         starts = [uniform_schedule(steps, full)]
-        with contextlib.suppress(InputError):  # no linear sampler
+        with contextlib.suppress(InputError):  # the sampler is not linear
             starts.append(anneal(data.recording(), full, corrected))
         best = min(starts, key=loss)
         for attempt in range(data.tries):
-            # Every other proposal takes a step's neighbour, else one that a fresh random schedule has.
+            # Alternate between a neighbouring step and a step of a new random schedule.
             movable = best[2:]
             moved = movable[attempt % len(movable)]
             spare = sorted(set(random_schedule(steps, full, seed=attempt)) - set(best))

@@ -1,4 +1,4 @@
-"""What every method of the bench makes of a pipeline: the lowest module of the bench, which imports no other of it."""
+"""Types shared by the methods of the bench; this module imports no other module of the bench."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Call = dict[str, Any]
 
 @dataclass
 class Setup:
-    """What a setting made of a pipeline and its arguments.
+    """A pipeline with one setting of a method applied, and the arguments of its calls.
 
     Attributes:
-        session: there where `speca` itself runs.
-        begin: called with the index of the first sample before each batch, by methods that treat samples differently.
-        bytes: of what is kept between steps, all samples of a batch together; where the method knows them.
+        session: the session of `speca`, None for other methods.
+        begin: called before each batch with the index of its first sample; None unless settings differ by sample.
+        bytes: returns the bytes kept between steps for a whole batch; None if the method does not report them.
     """
 
     pipe: DiffusionPipeline
@@ -33,4 +33,4 @@ class Setup:
 
 
 Apply = Callable[[Any, Call, Any], AbstractContextManager[Setup]]
-"""From a plain pipeline, the arguments of a call and a value of the knob to the set-up; undone on exit."""
+"""Context manager that applies a value of the knob to a pipeline and call arguments, and undoes it on exit."""

@@ -1,16 +1,16 @@
-"""How good is the check? Each error signal against what it should predict, at drafts of real runs.
+"""Compare each error signal with the true error of drafts and with their effect on the final sample.
 
-A run takes drafts of a few steps at one place, everything after it in full; a second run is the same with that place in
-full too. What the two final samples differ by is the *effect* of the drafts there. At the drafts a plain copy of the
-transformer computes the same inputs in full: the *true error* of the output. Signals are read at the same drafts:
+A run has a few consecutive drafts at one place and only full steps after it; a second run has full steps at that place
+too. The difference of the two final samples is the *effect* of the drafts. At each draft, a plain copy of the
+transformer computes the full output of the same inputs; the difference is the *true error*. The signals are:
 
 - `last block`: the paper's check, the verify block's output against its forecast;
 - `first block`: how much the first block's change of its input differs from that of the last full step (FBCache);
 - `input`: how much the latents have changed since the last full step;
-- `disagreement`: of the order-1 and order-2 forecasts of the last block's output (free, as RACER has it);
-- `corrector`: how wrong the drafts before the last full step turned out to be.
+- `disagreement`: difference of the order-1 and order-2 forecasts of the last block's output (as in RACER);
+- `corrector`: relative size of the last correction.
 
-Each also *weighted* by what a unit of output at that step is worth in the final sample.
+Each signal is also reported *weighted* by the change of the final sample per unit change of the output at that step.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from .recording import effect_of
 from .setup import Call
 
 PERIOD, DRAFTS, PLACES = 4, 4, 12
-"""Steps between full steps before the place, drafts at it, and places over a run."""
+"""Interval of full steps before the place, number of drafts at the place, number of places in a run."""
 
 
 class Taken:
-    """What one run leaves: per step latents, outputs and features of the plain model, and the check's own errors."""
+    """Records of one run: per step latents, outputs and features of the plain model, and errors of the check."""
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
@@ -52,7 +52,7 @@ class Taken:
 
 
 def signal_rows(pipe: Any, call: Call, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One row a place and sample: signals, the true error of the output and the effect on the final sample.
+    """Return one row per place and sample: signals, true error of the output, and effect on the final sample.
 
     Raises:
         InputError: the transformer is called more than once a step, or its scheduler is not linear.
@@ -80,9 +80,9 @@ def signal_rows(pipe: Any, call: Call, seeds: Sequence[int]) -> list[dict[str, A
 
 
 def _run(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int], watch: bool = True) -> tuple[Taken, Tensor]:
-    """One run with full steps at `full`, checked drafts elsewhere, and what was seen; images (N, ...).
+    """Run with full steps at `full` and checked drafts elsewhere; return images (N, ...) and records.
 
-    Where it is watched, a second run with the same full steps forecasts outputs and gives the sizes of corrections.
+    If records are kept, a second run with the same full steps forecasts outputs and gives the sizes of corrections.
     """
     taken, model = Taken(), pipe.transformer
     plain = copy.deepcopy(model)
@@ -113,7 +113,7 @@ class _Checking(ScheduleRule):
 
 
 def _corrections(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int]) -> list[dict[int, float]]:
-    """For each step and sample, the size of its last correction in a run with full steps at `full`."""
+    """Return, for each step and sample, the size of its last correction in a run with full steps at `full`."""
     found: dict[int, dict[int, float]] = {}
 
     class Observing(Planner):
@@ -137,7 +137,7 @@ def _corrections(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int
 
 @contextmanager
 def _watched(model: Any, plain: Any, taken: Taken) -> Iterator[None]:
-    """At every call of `model`, let `plain` compute the same and keep what both gave."""
+    """At every call of `model`, run `plain` on the same inputs and record the outputs of both."""
     blocks = [block for stack in block_lists(plain).values() for block in stack]
     seen: dict[str, Tensor] = {}
 
@@ -176,7 +176,7 @@ def _tensor(out: Any) -> Tensor:
 
 
 def _main(out: Any, given: Tensor) -> Tensor:
-    """Of a block's outputs the one that continues its hidden states: the one of their shape, the last if several."""
+    """Return the output of a block with the shape of its hidden states, the last if there are several."""
     parts = [out] if isinstance(out, Tensor) else list(out)
     return next((part for part in parts if isinstance(part, Tensor) and part.shape == given.shape), _tensor(out))
 
@@ -184,8 +184,8 @@ def _main(out: Any, given: Tensor) -> Tensor:
 def _signals_at(
     taken: Taken, place: range, full: Sequence[int], sample: int, count: int, effect: Tensor
 ) -> dict[str, Any]:
-    """Signals of one sample: their largest value over the drafts at the place, and with `effect` as weight."""
-    rows = range(sample, len(taken.given[0]), count)  # cond and uncond of one image, where they are stacked
+    """Return the signals of one sample: the maximum over the drafts at the place, plain and weighted by `effect`."""
+    rows = range(sample, len(taken.given[0]), count)  # conditional and unconditional row of one image, if stacked
     anchors = full[-3:]
     plain: dict[str, list[float]] = {}
     for step in place:
@@ -210,12 +210,12 @@ def _signals_at(
 
 
 def _relative(one: Tensor, other: Tensor, rows: range) -> float:
-    """The worse of a sample's rows: `||one - other|| / ||other||`."""
+    """Return the largest error over the rows of a sample: `||one - other|| / ||other||`."""
     return max(float((one[r] - other[r]).norm() / other[r].norm().clamp_min(1e-12)) for r in rows)
 
 
 def _forecast(features: Sequence[Tensor], anchors: Sequence[int], step: int, rows: range) -> list[Tensor]:
-    """The polynomial through the features at `anchors`, at `step`, one a row."""
+    """Return the polynomial through the features at the steps `anchors`, evaluated at `step`, per row."""
     from .recording import lagrange
 
     weights = lagrange(torch.tensor([step]).numpy(), list(anchors))[0]
@@ -228,13 +228,13 @@ def _short(value: Any) -> float:
     return float(f"{float(value):.5g}")
 
 
-# ------------------------------------------------------------------------------------------------ what they are worth
+# ------------------------------------------------------------------------------------------------ rank statistics
 TRUTHS = ("true error", "effect")
 BAD = 0.75  # quantile above which a draft is one that should have been rejected
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each signal and each truth: Spearman's rank correlation, and the area under the ROC curve."""
+    """Return Spearman's rank correlation and area under the ROC curve of each signal, for true error and effect."""
     signals = [r for r in rows if r["kind"] == "signal"]
     if not signals:
         return []
@@ -252,7 +252,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _within(signals: Sequence[dict[str, Any]], name: str, truth: str) -> float:
-    """Mean over places of the rank correlation among samples: what a signal knows beyond where it stands."""
+    """Return the mean over places of the rank correlation among samples, which excludes differences between places."""
     found: list[float] = []
     for place in {r["place"] for r in signals}:
         some = [r for r in signals if r["place"] == place]
@@ -263,20 +263,20 @@ def _within(signals: Sequence[dict[str, Any]], name: str, truth: str) -> float:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Ranks (N,) from 1, ties sharing their mean."""
+    """Return ranks (N,) from 1; ties get their mean rank."""
     below = (values[:, None] > values[None]).sum(1).double()
     same = (values[:, None] == values[None]).sum(1).double()
     return below + (same + 1) / 2
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
-    """Rank correlation of two (N,), NaN where one does not vary."""
+    """Return the rank correlation of two tensors (N,), NaN if one is constant."""
     a, b = (ranks(v) - ranks(v).mean() for v in (x, y))
     return float((a * b).sum() / (a.norm() * b.norm())) if a.norm() > 0 and b.norm() > 0 else float("nan")
 
 
 def auc(x: Tensor, bad: Tensor) -> float:
-    """The chance that a bad one has the larger signal than a good one, ties by half; NaN without both."""
+    """Return the probability that a bad draft has a larger signal than a good one (ties: half); NaN without both."""
     good, worse = x[~bad], x[bad]
     if not len(good) or not len(worse):
         return float("nan")

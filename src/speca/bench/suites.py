@@ -1,4 +1,4 @@
-"""Suites, and the run that fills a file of JSON lines: quality first, then rounds of timing; it can be resumed."""
+"""Suites and their execution: write a file of JSON lines, quality first, then rounds of timing; resumable."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Progress = Callable[[int, int, str], None]
 
 AGAIN = 60.0  # seconds after which the full run is timed anew, as a shared machine changes its pace
 SHARE, COUNTED, PICTURE = 0.45, 1.35, 0.12
-"""For `estimate`: what a setting costs of a full run, what counting adds, seconds for the features of a picture."""
-TARGETS = (30.0, 32.0, 34.0, 36.0, 38.0, 40.0, 44.0)  # dB, of "oracle-steps"
+"""For `estimate`: share of a full run per setting, factor for counting FLOPs, seconds of features per picture."""
+TARGETS = (30.0, 32.0, 34.0, 36.0, 38.0, 40.0, 44.0)  # PSNR in dB of "oracle-steps"
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Suite:
-    """How much is run.
+    """Size of a benchmark.
 
     Attributes:
         samples, batch, steps: samples reported on, samples of one call, denoising steps.
-        sweep: settings of each method, 0 for all.
-        timings: what is timed, in this order.
+        sweep: number of settings of each method, 0 for all.
+        timings: timed batch sizes and rounds, in this order.
         tuning, tries: tuning samples, and runs over them in the search for a schedule.
-        features: whether distances of sets are taken, near the speeds of the tables.
+        features: whether to compute distances between sets, near the speeds of the tables.
         signals: samples on which error signals are compared with the true error, 0 for none.
     """
 
@@ -80,7 +80,7 @@ SUITES = {
 
 
 def suite(name: str) -> Suite:
-    """The suite called `name`; InputError with the nearest name if there is none."""
+    """Return the suite called `name`; raise InputError with the nearest name if there is none."""
     if name not in SUITES:
         raise InputError(f"there is no suite {name!r}; {nearest(name, SUITES)}")
     return SUITES[name]
@@ -90,9 +90,9 @@ Arguments = Callable[[Any, Sequence[int], int], dict[str, Any]]
 
 
 class Bench:
-    """One model, one suite, one file `results.jsonl` in `out`.
+    """Run one suite on one model; rows go to the file `results.jsonl` in `out`.
 
-    Rows already in the file are kept. A file of another model or suite is refused: its rows would not be comparable.
+    Rows already in the file are kept. Raise InputError for a file of another model or suite.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Bench:
         field: Sequence[Method] = (),
         make: Arguments = arguments,
     ) -> None:
-        """`field` holds the methods, none to measure against first; without it, all that there are."""
+        """`field` holds the methods, the baseline "none" first; if empty, all methods are run."""
         self.pipe, self.model, self.plan, self.make = pipe, model, plan, make
         self.field = list(field) or chosen([], plan.steps, plan.sweep)
         self.file = out / "results.jsonl"
@@ -125,7 +125,7 @@ class Bench:
         )
 
     def call(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """Arguments for one sample a seed."""
+        """Return call arguments for one sample per seed."""
         return self.make(self.pipe, seeds, self.plan.steps)
 
     @property
@@ -133,7 +133,7 @@ class Bench:
         return [(method, value) for method in self.field for value in method.values]
 
     def estimate(self) -> float:
-        """Seconds that all of it takes on this machine, from one full run of a few samples; within a third or so."""
+        """Estimate the seconds of the suite on this machine from one full run of a few samples; error up to a third."""
         seeds, plan = self.tuning[:4], self.plan
         with ticking(self.pipe, None, 0):
             run_once(self.pipe, {**self.call(seeds), "num_inference_steps": 2}, seeds, None)  # the first call is slow
@@ -144,7 +144,7 @@ class Bench:
         return sample * self.effort() + (PICTURE * self.samples_near() if plan.features else 0.0)
 
     def effort(self) -> float:
-        """The same in full runs of one sample."""
+        """Estimate the cost of the suite in full runs of one sample."""
         plan, settings = self.plan, len(self.settings)
         searched = [v for m in self.field for v in m.values if m.name.startswith("searched")]
         near = 2.5 * len(self.field)  # settings near a speed of the tables
@@ -156,11 +156,11 @@ class Bench:
         return work + plan.signals * 12 * 2.5
 
     def samples_near(self) -> float:
-        """Pictures that features are taken of."""
+        """Estimate the number of pictures whose features are computed."""
         return self.plan.samples * 2.5 * len(self.field)
 
     def run(self, progress: Progress | None = None) -> list[dict[str, Any]]:
-        """Do what is missing, and return all rows."""
+        """Run missing settings and timings; return all rows."""
         self._progress = progress or (lambda done, total, what: None)
         self._done, self._total = 0, len(self.settings) * (1 + sum(t.rounds for t in self.plan.timings))
         with ticking(self.pipe, None, 0):  # one bar is enough
@@ -197,7 +197,7 @@ class Bench:
             if method.prepare:
                 given = row["given"] = method.prepare(self._data, value)
             made, cost = weighed(method.apply, self.pipe, self.call(self.seeds), given, self.seeds, self.plan.batch)
-        except Exception as error:  # rivals raise whatever they like; the row says what
+        except Exception as error:  # other packages raise errors of any type; the row keeps the message
             words = (str(error).strip().splitlines() or ["no message"])[0]
             self._write({**row, "reason": f"{type(error).__name__}: {words[:300]}"})
             return
@@ -211,7 +211,7 @@ class Bench:
         self._write({**row, **quality(made.images, full.images), **judge.of(made.images, speed)})
 
     def _round(self, timing: Timing, number: int) -> None:
-        """One round of timing; the full run is timed beside it again and again."""
+        """Run one round of timing; the full run is timed again every AGAIN seconds."""
         full, taken = None, -AGAIN
         for method, value in self.settings:
             self._next(f"timing {method.name} {value}, batch {timing.batch}")
@@ -264,7 +264,7 @@ class Bench:
 
 
 def _timed(known: dict[str, Any], timing: Timing) -> bool:
-    """Whether a setting is timed; an oracle is not, as its time is nobody's."""
+    """Return whether a setting is timed; oracles are not, as they cannot be used in practice."""
     if "reason" in known or known["family"] == "oracle":
         return False
     speed = known["flops_speedup"]
@@ -276,7 +276,7 @@ def _plain(plan: Suite) -> dict[str, Any]:
 
 
 def shape(pipe: Any) -> dict[str, Any]:
-    """What was measured, in a few words: classes of pipeline, transformer and scheduler, blocks and parameters."""
+    """Return the classes of pipeline, transformer and scheduler, and the numbers of blocks and parameters."""
     model = denoisers_of(pipe)[0]
     from ..verified.gate import block_lists
 
@@ -290,7 +290,7 @@ def shape(pipe: Any) -> dict[str, Any]:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The rows of a results file, the first of which says what was run; a last line cut short is dropped from it."""
+    """Return the rows of a results file; remove an incomplete last line from the file. Row 0 describes the run."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
@@ -301,7 +301,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of everything that is compared."""
+    """Return the installed versions of the compared packages."""
     return {name: _version(name) for name in ("speca-diffusers", "torch", "diffusers", "cache-dit", "torchmetrics")}
 
 

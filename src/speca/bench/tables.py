@@ -14,11 +14,11 @@ from .results import OURS, Rows, curves, families, measured, missing
 from .signals import verdicts
 
 ADAPTIVE, PLACED = "speca-unprepared", ("annealed-corrected", "searched-corrected")
-"""Who plans drafts for each sample, and fixed placements that were searched for the model, with the same corrector."""
+"""Method that plans drafts per sample, and methods with searched fixed schedules, all with the correction."""
 
 
 def table(rows: Rows, speed: float, axis: str) -> list[str]:
-    """Markdown: every method at one speed, best median first; the difference is paired with `speca`."""
+    """Return Markdown: every method at one speed, best median first; the difference is paired with `speca`."""
     found, similar = curves(rows, axis), curves(rows, axis, "ssim")
     ours, family = reading(found.get(OURS, []), speed), families(rows)
     lines = []
@@ -52,7 +52,7 @@ def _of(values: Tensor | None) -> str:
 
 
 def settings_table(rows: Rows) -> list[str]:
-    """Markdown: realised cost and quality of each setting."""
+    """Return a table of the measured cost and quality of each setting."""
     lines = [
         "| method | setting | FLOPs | seconds | full steps | PSNR median | P5 | worst | SSIM | rel. L2 | kept a sample "
         "| peak | host reads |",
@@ -74,7 +74,7 @@ def settings_table(rows: Rows) -> list[str]:
 
 
 def spread(steps: Sequence[float]) -> str:
-    """Full steps of the samples: one number, or the mean and how many took how many."""
+    """Format the full steps of the samples: one number, or the mean and a count of samples per number."""
     counts: dict[int, int] = {}
     for value in steps:
         counts[round(value)] = counts.get(round(value), 0) + 1
@@ -89,19 +89,19 @@ def spread(steps: Sequence[float]) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes in a readable unit."""
+    """Format bytes in a readable unit."""
     if count is None:
         return "-"
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def peak(count: int | None) -> str:
-    """The rise of a process's memory, which is coarse: pages that were free before do not show."""
+    """Format the rise of memory; it is a lower bound, as reuse of pages freed before is not visible."""
     return "below 1 MiB" if count is not None and count < 2**20 else size(count)
 
 
 def score_table(rows: Rows) -> list[str]:
-    """Markdown: agreement and distances of the settings near the speeds of the tables, those of the full run above."""
+    """Return Markdown: agreement and distances of the full run and of settings near the speeds of the tables."""
     full = next((r for r in rows if r["kind"] == "full"), {})
     kinds = {
         "agreement": "asked class", "same_class": "class of own full run", "kid_real": "KID to real",
@@ -132,7 +132,7 @@ def _score(kind: str, value: Any) -> str:
 
 
 def batch_table(rows: Rows) -> list[str]:
-    """Markdown: realised speed-up in time by size of the batch, nearest setting to each speed of the tables."""
+    """Return Markdown: realised speed-up in time by size of the batch, nearest setting to each speed of the tables."""
     batches = sorted({r["batch"] for r in rows if r["kind"] == "time"})
     if len(batches) < 2:
         return []
@@ -156,7 +156,7 @@ def _range(ratios: Sequence[float]) -> str:
 
 
 def guarantee_table(rows: Rows, targets: Sequence[float] = (30.0, 34.0, 38.0, 42.0)) -> list[str]:
-    """Markdown: how fast each method may be for its 5th percentile to reach a quality."""
+    """Return a table of the largest speed-up at which the 5th percentile of each method reaches a quality."""
     lines = [
         f"| method | {' | '.join(f'P5 at {t:g} dB' for t in targets)} |",
         f"| --- |{' ---: |' * len(targets)}",
@@ -170,7 +170,7 @@ def guarantee_table(rows: Rows, targets: Sequence[float] = (30.0, 34.0, 38.0, 42
 
 
 def adapting(rows: Rows, targets: Sequence[float] = (30.0, 34.0, 38.0, 42.0)) -> list[str]:
-    """In words: what adapting to each sample spends for a guarantee, against placements with the same corrector."""
+    """Return a sentence on the FLOPs of per-sample plans against fixed schedules at the same 5th percentile."""
     found = curves(rows)
     if ADAPTIVE not in found or not any(name in found for name in PLACED):
         return []
@@ -194,7 +194,7 @@ def adapting(rows: Rows, targets: Sequence[float] = (30.0, 34.0, 38.0, 42.0)) ->
 
 
 def signal_table(rows: Rows) -> list[str]:
-    """Markdown: rank correlations and areas under the curve of each error signal."""
+    """Return Markdown: rank correlations and areas under the curve of each error signal."""
     found = verdicts(rows)
     if not found:
         why = next((r["reason"] for r in rows if r["kind"] == "no signals"), "")
@@ -210,7 +210,7 @@ def signal_table(rows: Rows) -> list[str]:
 
 
 def missing_table(rows: Rows) -> list[str]:
-    """Markdown: what could not run, and why."""
+    """Return Markdown: what could not run, and why."""
     lines = []
     for (method, why), values in missing(rows).items():
         lines.append(f"| {method} | {', '.join(map(str, values))} | {why.replace('|', '/')} |")

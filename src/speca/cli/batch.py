@@ -36,15 +36,15 @@ def batch(
     ] = "continuous",
     max_batch: Annotated[int, typer.Option(help="Most rows of one forward, 1 or more.")] = 16,
     component_batch: Annotated[int, typer.Option(help="Most rows of one text encoder or autoencoder call.")] = 4,
-    memory: Annotated[str | None, typer.Option(help="What requests may hold, e.g. 8GiB. Default: any.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory limit of requests, e.g. 8GiB. Default: none.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps... Default: the accelerator, if any.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's choice.")] = None,
 ) -> None:
-    """Make an image for each line of a file, many at a time. What is there already is not made again.
+    """Make an image for each line of a file, in batches. Existing images are kept.
 
-    Exit code 1: a line failed; the others are there, and the next run tries it anew.
+    Exit code 1: a line failed; the images of the other lines are written, and the next run tries the failed line again.
     """
     from .. import zoo
     from ..compare.measure import hardware
@@ -78,7 +78,7 @@ def batch(
 
 
 def _make(engine: Engine, lines: Sequence[Line], folder: Folder, model: str, quiet: bool) -> dict[str, Any]:
-    """Run what is to do, with a progress bar and the picture of it; what was made, what failed, how fast."""
+    """Run the missing lines with a progress bar and draw the timeline; return counts, failures and speed."""
     from ..engine.offline import run
     from . import output
 

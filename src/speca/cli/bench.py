@@ -15,10 +15,8 @@ def bench(
             metavar="[MODEL]", help="A bundled model, a local folder, or a hub id; a paper's suite knows its own."
         ),
     ] = "",
-    suite: Annotated[
-        str, typer.Option(help="How much is run: quick, full, paper-dit, paper-flux or paper-hunyuan.")
-    ] = "quick",
-    methods: Annotated[str, typer.Option(help="Names with commas between; empty: all that there are.")] = "",
+    suite: Annotated[str, typer.Option(help="Suite: quick, full, paper-dit, paper-flux or paper-hunyuan.")] = "quick",
+    methods: Annotated[str, typer.Option(help="Names with commas between; empty: all methods.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, report.md, curves and index.html.")] = Path(
         "speca-bench"
     ),
@@ -29,7 +27,7 @@ def bench(
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads, 1 or more; fixed, so that times compare.")] = 1,
 ) -> None:
-    """Run every method on one model, at what it really costs. Run it again to go on after an interruption."""
+    """Measure quality, FLOPs and time of every method on one model. Run again to continue after an interruption."""
     from ..bench.papers import PAPERS
     from ..errors import InputError
     from . import request

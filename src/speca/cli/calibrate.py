@@ -12,7 +12,7 @@ def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model, a local folder, or a hub id.")],
     target: Annotated[float, typer.Option(help="PSNR to the own full run, in dB, above 0.")] = 35.0,
     samples: Annotated[int, typer.Option(help="Tuning seeds, and as many fresh ones.")] = 32,
-    confidence: Annotated[float, typer.Option(help="Share of fresh samples that are to meet it.")] = 0.9,
+    confidence: Annotated[float, typer.Option(help="Share of fresh samples that must meet it.")] = 0.9,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     speedup: Annotated[list[float] | None, typer.Option(help="A budget to place by trial; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="JSON file; `speca generate --calibration` takes it.")] = Path(

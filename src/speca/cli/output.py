@@ -1,4 +1,4 @@
-"""What the command line leaves behind: a folder written whole or not at all, progress bars, tables."""
+"""Output of the command line: a folder written completely or not at all, progress bars, tables."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _refusing(out: Path) -> Iterator[None]:
-    """Turn what the file system objects to into an InputError."""
+    """Convert errors of the file system to InputError."""
     try:
         yield
     except OSError as error:
@@ -88,7 +88,7 @@ def write_run(
 
 
 def write_comparison(result: Comparison, place: Path) -> tuple[dict[str, Any], list[Row]]:
-    """The same of the accelerated run and grid.png, with report.json of the comparison."""
+    """Write the files of the accelerated run, grid.png, and report.json of the comparison."""
     _write_pictures(result.speca, place, result.captions or [f"seed {seed}" for seed in result.seeds])
     result.grid(place / "grid.png")
     payload = result.to_dict()

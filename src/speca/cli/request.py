@@ -1,4 +1,4 @@
-"""What the command line asked for, checked and turned into a configuration, a pipeline and its arguments."""
+"""Check command-line options; convert them to a configuration, a pipeline and its arguments."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ LISTED = 20  # more valid names than this are not spelt out in a message
 
 @dataclass(frozen=True)
 class Request:
-    """The images asked of a model; labels or prompts take turns over `n` images.
+    """The images to make with a model; labels or prompts repeat in order over `n` images.
 
-    Raises InputError for what is wrong whatever the model, and in `call` for what is wrong for this one.
+    Raises InputError for options that are invalid for all models, and in `call` for those invalid for this model.
     """
 
     model: str
@@ -62,7 +62,7 @@ class Request:
 
     @property
     def seeds(self) -> list[int]:
-        """One per image, counted up from `seed`."""
+        """Return one seed per image: `seed`, `seed + 1`, and so on."""
         return [self.seed + k for k in range(len(self._conditions) if self.n is None else self.n)]
 
     def call(self, pipe: DiffusionPipeline) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -89,7 +89,7 @@ class Request:
         return {**call, name: [values[k] for k in turns]}, tuple(captions[k] for k in turns)
 
     def _values(self, pipe: DiffusionPipeline) -> tuple[Sequence[int] | Sequence[str], Sequence[str]]:
-        """What the pipeline is given for each label or prompt, and its caption."""
+        """Return the argument of the pipeline for each label or prompt, and its caption."""
         if self.prompts:
             return self.prompts, self.prompts
         numbers = class_numbers(pipe, self.model, self.labels)
@@ -149,7 +149,7 @@ def configuration(preset: str, settings: Sequence[str]) -> Config:
 
 
 def _parsed(text: str, hint: Any) -> Any:
-    """`text` as the type `hint`, or unchanged where it is not one: the configuration then says what it should be."""
+    """Convert `text` to the type `hint`; return it unchanged if invalid, as the configuration then raises the error."""
     if typing.get_origin(hint) is tuple:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         return tuple(int(part) for part in parts) if all(part.isdecimal() for part in parts) else text
@@ -222,7 +222,7 @@ def examine(pipe: DiffusionPipeline, model: str, config: Config) -> tuple[CheckR
             return pipe(**call)
         except SpecaError:
             raise
-        except Exception as error:  # the call was our guess, and a pipeline may want anything else
+        except Exception as error:  # the pipeline may need other arguments than this example call
             raise InputError(
                 f"{model} did not run as {words} ({error}); from Python, give speca.check(pipe, call) your own call."
             ) from error

@@ -1,1 +1,1 @@
-"""Runs of pipelines measured: time, quality against the full run, pictures, distances of sets."""
+"""Measure runs of pipelines: time, quality against the full run, pictures, distances between sets."""

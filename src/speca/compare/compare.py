@@ -1,4 +1,4 @@
-"""The same seeds with and without acceleration: what it saves, what it costs in quality, and a picture of both."""
+"""Run the same seeds with and without acceleration; compare FLOPs, time and quality, and draw both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # ------------------------------------------------------------------------------------------------ quality
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each sample, (B,) float64; infinite where a sample is identical.
+    """Return the peak signal-to-noise ratio in dB of each sample, (B,) float64; infinite for identical samples.
 
     Both are (B, ...) floats of data range 1. Raises InputError for integers (differences of uint8 would wrap
     around) and for unequal shapes.
@@ -41,7 +41,7 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-    """Quantile `q` of `values` by linear interpolation; next to an infinite value the finite neighbour counts."""
+    """Return quantile `q` of `values`, interpolated linearly; next to an infinite value, the finite neighbour."""
     ordered = sorted(values)
     position = q * (len(ordered) - 1)
     low = math.floor(position)
@@ -71,22 +71,22 @@ class Comparison:
 
     @property
     def wall_speedup(self) -> float:
-        """How many times less time is spent in the transformer."""
+        """Return the speed-up of the time spent in the transformer."""
         return self.full.seconds / self.speca.seconds
 
     @property
     def wall_speedup_total(self) -> float:
-        """How many times less time the whole pipeline takes."""
+        """Return the speed-up of the time of the whole pipeline."""
         return self.full.seconds_total / self.speca.seconds_total
 
     @property
     def saved_wall_share(self) -> float | None:
-        """Share of the saved FLOPs that is saved in transformer time too; None if no FLOPs are saved."""
+        """Return the saved share of transformer time over the saved share of FLOPs; None if no FLOPs are saved."""
         saved = 1 - 1 / self.report.flops_speedup
         return (1 - 1 / self.wall_speedup) / saved if saved > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON. A PSNR of null means identical to the full run (infinite), never unknown."""
+        """Return plain values for JSON. A PSNR of null means identical to the full run (infinite), never unknown."""
         samples = [
             {
                 "seed": seed,
@@ -121,7 +121,7 @@ class Comparison:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as strict JSON."""
+        """Return `to_dict` as strict JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def grid(self, path: str | Path) -> None:
@@ -141,7 +141,7 @@ class Comparison:
 
 
 def decibels(value: float | None) -> str:
-    """A PSNR in words; infinite (or None, as in JSON) is "identical"."""
+    """Format a PSNR; infinite (or None, as in JSON) is "identical"."""
     return "identical" if value is None or math.isinf(value) else f"{value:.1f} dB"
 
 
@@ -163,9 +163,9 @@ def compare(
 ) -> Comparison:
     """Make the same samples without and with acceleration, and measure both; arguments as in `measure.generate`.
 
-    Calls are interleaved (off, on, then on, off, and so on), so that a machine that slows down slows both; a short
-    call of each kind goes before and is not counted. Times are medians over `repeats`. The self-test, once for each
-    size of batch, is part of the accelerated figures.
+    Calls alternate in order (off, on, then on, off, and so on), so that changes of the machine's speed affect both. A
+    short call of each kind comes first and is not timed. Times are medians over `repeats`. The self-test, once for
+    each batch size, is included in the accelerated figures.
     """
     settings = SpecaConfig.build(config)
     chunks, steps = split(call_kwargs, seeds, batch), steps_of(pipe, call_kwargs)
@@ -196,7 +196,7 @@ def compare(
 
 
 def _typical(passes: list[Run]) -> Run:
-    """The first pass, with median times: every pass makes the same images."""
+    """Return the first pass with median times; all passes make the same images."""
     return replace(
         passes[0],
         seconds=statistics.median(run.seconds for run in passes),

@@ -1,7 +1,7 @@
-"""How far one set of images is from another, without downloads: KID and a Frechet distance on EfficientNet-Lite0.
+"""Distances between two sets of images, without downloads: KID and a Frechet distance on EfficientNet-Lite0.
 
-The weights of the feature extractor come with a Python package of the extra `bench`. Figures are comparable among
-themselves only: those of the literature are taken on Inception features. Shapes: N images, C channels, 1280 features.
+The weights of the feature extractor come with a Python package of the extra `bench`. Values are comparable
+only with each other: published values use Inception features. Shapes: N images, C channels, 1280 features.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ LEAST = 2  # images a distance needs on each side
 
 @torch.no_grad()
 def features(images: Tensor, *, batch: int = 32, progress: Callable[[int, int], None] | None = None) -> Tensor:
-    """Features (N, 1280), on the CPU, of images (N, C, H, W) in [0, 1] with one or three channels.
+    """Return features (N, 1280), on the CPU, of images (N, C, H, W) in [0, 1] with one or three channels.
 
-    Images are brought to 224 x 224 pixels by bilinear interpolation. `progress` is told images done and in all.
+    Images are brought to 224 x 224 pixels by bilinear interpolation. `progress(done, total)` is called with numbers
+    of images.
 
     Raises:
         InputError: not such images, or the extra `bench` is not installed.
@@ -47,7 +48,7 @@ def features(images: Tensor, *, batch: int = 32, progress: Callable[[int, int], 
 
 
 def kid(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 200, seed: int = 0) -> tuple[float, float]:
-    """Kernel distance of two sets of features (N, D): mean and standard deviation over random subsets.
+    """Return the kernel distance of two sets of features (N, D): mean and standard deviation over random subsets.
 
     The unbiased squared MMD with a cubic kernel (Binkowski et al., arXiv:1801.01401), which may fall below 0 for sets
     of one distribution. Subsets hold `size` samples, or as many as the smaller set has.
@@ -58,7 +59,7 @@ def kid(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 200, seed: int 
     _comparable(a, b)
     kernel_distance = _torchmetrics("kid").KernelInceptionDistance
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")  # they are ours already
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")  # computed already
         metric = kernel_distance(_Given(a.shape[1]), subsets=subsets, subset_size=min(size, len(a), len(b)))
         torch.manual_seed(seed)
         mean, deviation = _filled(metric, a, b).compute()
@@ -66,7 +67,7 @@ def kid(a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 200, seed: int 
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two sets of features (N, D), each taken for a Gaussian (Heusel et al., arXiv:1706.08500).
+    """Return the Frechet distance of two sets of features (N, D), each modelled as a Gaussian (arXiv:1706.08500).
 
     Too large for few samples: compare only figures of sets of the same sizes. It is not called FID, which is taken on
     features of Inception. Raises InputError as `kid`.
@@ -76,7 +77,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 class _Given(nn.Module):
-    """Stands for the feature extractor inside a metric that is given features."""
+    """Identity that replaces the feature extractor of a metric whose inputs are features already."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

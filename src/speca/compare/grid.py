@@ -1,4 +1,4 @@
-"""Pictures from pixel tensors: one sample as a PNG, and the grid of samples with and without acceleration."""
+"""Draw pixel tensors: one sample as a PNG, and the grid of samples with and without acceleration."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-MOST_SAMPLES = 64  # more become an unreadable picture
-MOST_COLUMNS = {16: 8, MOST_SAMPLES: 12}  # up to so many samples: so many side by side before a new band begins
+MOST_SAMPLES = 64  # in one picture
+MOST_COLUMNS = {16: 8, MOST_SAMPLES: 12}  # number of samples: columns of a band, up to that number
 SMALLEST, LARGEST = 112, 256  # pixels of a cell's longer side
 MOST_FRAMES, FPS = 6, 12  # of a contact sheet and of an animation
 GAP, MARGIN = 6, 20
@@ -53,7 +53,7 @@ def contact_sheet(clips: Tensor, captions: Sequence[str]) -> Image.Image:
 
 
 def amplification(difference: Tensor) -> int:
-    """The largest round factor that leaves all but the last half per cent of `difference` at or under 1."""
+    """Return the largest round factor that keeps 99.5 % of the values of `difference` at or below 1."""
     peak = float(np.percentile(difference.numpy(), 99.5))
     fitting = [factor for factor in AMPLIFICATIONS if factor * peak <= 1]
     return fitting[-1] if fitting and peak > 0 else 1
@@ -96,7 +96,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _cut(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """`text`, or as much of its beginning as fits into `width` pixels with dots behind it."""
+    """Return `text`, shortened with an ellipsis to fit into `width` pixels."""
     kept = text
     while kept and font.getlength(kept if kept == text else kept + "…") > width:
         kept = kept[:-1]
@@ -105,7 +105,7 @@ def _cut(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
 
 @dataclass
 class _Sheet:
-    """Where everything goes, in pixels; `cell` is (width, height) of one picture."""
+    """Positions on the sheet in pixels; `cell` is (width, height) of one picture."""
 
     image: Image.Image
     cell: tuple[int, int]
@@ -117,7 +117,7 @@ class _Sheet:
 
     @classmethod
     def fitting(cls, count: int, size: tuple[int, ...], captions: Sequence[str], title: str, subtitle: str) -> _Sheet:
-        """An empty sheet with its title, for `count` pictures of `size` (height, width)."""
+        """Return an empty sheet with its title, for `count` pictures of `size` (height, width)."""
         height, width = size
         longer = max(size)
         scale = -(-SMALLEST // longer) if longer < SMALLEST else min(1.0, LARGEST / longer)
@@ -138,7 +138,7 @@ class _Sheet:
         return cls(image, cell, columns, bands, top, left, foot)
 
     def place(self, index: int, row: int, picture: Image.Image) -> None:
-        """Picture of sample `index` in `row` of its band; small pictures keep hard pixels."""
+        """Draw the picture of sample `index` in `row` of its band; enlarge small pictures without smoothing."""
         how = Image.Resampling.NEAREST if picture.width < self.cell[0] else Image.Resampling.LANCZOS
         self.image.paste(picture.convert("RGB").resize(self.cell, how), self._corner(index, row))
 
@@ -148,7 +148,7 @@ class _Sheet:
         ImageDraw.Draw(self.image).multiline_text(spot, name, INK, _font(13), anchor="rm", align="right")
 
     def caption(self, index: int, text: str) -> None:
-        """Lines centred below the column of sample `index`, the first in ink and cut to the column's width."""
+        """Draw lines centred below the column of sample `index`, the first in ink and cut to the column's width."""
         x, y = self._corner(index, 3)
         draw, font = ImageDraw.Draw(self.image), _font(12)
         for number, line in enumerate(text.splitlines()):

@@ -32,7 +32,7 @@ _SCHEDULES = ("timesteps", "sigmas")  # lists with one entry a step, never one a
 
 @dataclass(frozen=True)
 class Run:
-    """All samples, made once. Images are (N, height, width, channels) in [0, 1]; a video has frames after N."""
+    """Samples of all seeds. Images are (N, height, width, channels) in [0, 1]; a video has frames after N."""
 
     images: Tensor
     seconds: float  # inside the transformer, with the work of `speca`
@@ -64,7 +64,7 @@ def generate(
 
 
 def split(call_kwargs: dict[str, Any], seeds: Sequence[int], batch: int) -> list[tuple[dict[str, Any], list[int]]]:
-    """Arguments and seeds of each call."""
+    """Return the arguments and seeds of each call."""
     if not seeds or batch < 1:
         raise InputError(f"there is nothing to make with {len(seeds)} seeds in batches of {batch}; give at least 1.")
     chunks = []
@@ -94,21 +94,21 @@ OBJECTS, WAYS = (
      "rocket", "cat face"),
     ("left", "right", "up", "down"),
 )  # fmt: skip
-"""What is asked of models that make clips; eleven and four have no common factor, so pairs come in turn."""
+"""Words of the prompts for video models; 11 objects and 4 directions are coprime, so all pairs occur."""
 
 
 def makes_clips(pipe: Any) -> bool:
-    """Whether the pipeline's autoencoder has frames."""
+    """Return whether the pipeline makes videos."""
     return hasattr(getattr(getattr(pipe, "vae", None), "config", None), "temporal_compression_ratio")
 
 
 def moving_prompt(seed: int) -> str:
-    """Such as "a red apple moving left", the same for the same seed in every run."""
+    """Return a prompt such as "a red apple moving left", a function of the seed alone."""
     return f"a {OBJECTS[seed % len(OBJECTS)]} moving {WAYS[seed % len(WAYS)]}"
 
 
 def example_call(pipe: Any, seeds: Sequence[int]) -> dict[str, Any]:
-    """Arguments with one class or prompt a seed, in turn: the same for a seed in every run.
+    """Return arguments with one class or prompt per seed, a function of the seed alone.
 
     Raises InputError if the pipeline takes neither.
     """
@@ -145,7 +145,7 @@ def run_once(pipe: DiffusionPipeline, call: dict[str, Any], seeds: list[int], se
 
 
 def joined(runs: list[Run]) -> Run:
-    """One run of several calls, its samples numbered through."""
+    """Merge the runs of several calls; samples are numbered in order."""
     reports = [run.report for run in runs if run.report]
     return Run(
         images=torch.cat([run.images for run in runs]),
@@ -174,7 +174,7 @@ def _join_reports(reports: list[Report]) -> Report:
 
 
 def _sum(values: list[float | None]) -> float | None:
-    """The sum, None if any of the values was not counted."""
+    """Return the sum, None if any value is None."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
 
@@ -201,7 +201,7 @@ def _now() -> float:
 
 @contextmanager
 def _clocked(pipe: DiffusionPipeline) -> Iterator[_Clock]:
-    """A clock that runs while a transformer is called; the same for an accelerated one and a plain one."""
+    """Measure the time inside the calls of the transformers, accelerated or plain."""
     clock, hooks = _Clock(), []
     for transformer in denoisers_of(pipe):
         hooks.append(transformer.register_forward_pre_hook(clock.start, prepend=True))
@@ -257,7 +257,7 @@ def ticking(pipe: DiffusionPipeline, progress: Ticker | None, total: int) -> Ite
 
 
 def hardware(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return a description of the device and the number of threads."""
     import diffusers
 
     device = torch.device(pipe._execution_device)  # an offloaded pipeline's `device` is the CPU
@@ -273,7 +273,7 @@ def hardware(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The model name of the CPU, as well as this system tells it."""
+    """Return the model name of the CPU, or the nearest that the system reports."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

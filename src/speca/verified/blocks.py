@@ -1,4 +1,4 @@
-"""How a skipped block hands its inputs through, and how a block that runs in a draft gets its weights."""
+"""Return inputs of skipped blocks as outputs, and load the offloaded weights of a block that runs in a draft."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def quick_pass(
     """Return a fast `StandIn.pass_through` for calls that give the same arguments by position, else None."""
     if None in names or is_tuple == (len(names) == 1):
         return None
-    # Written out for one and two outputs, as nearly all blocks have: faster ways cannot be traced by torch.compile.
+    # Special cases for one and two outputs, which most blocks have; torch.compile can trace them.
     if all(name in positional for name in names):
         places = [positional.index(str(name)) for name in names]
         i, j = places[0], places[-1]
@@ -37,10 +37,10 @@ def tensors_of(out: Any) -> list[Tensor]:
 
 
 def onloaded(block: nn.Module) -> AbstractContextManager[None]:
-    """Inside, the weights of a block that runs in a draft are on its device.
+    """Context manager that loads the group-offloaded weights of a block that runs in a draft.
 
-    Group offloading of diffusers brings the weights of several blocks when the first of them runs, and takes them away
-    after the last. A draft skips either, and then the block has to ask for its group itself.
+    Group offloading of diffusers loads the weights of several blocks when the first of them runs, and unloads them
+    after the last. A draft skips these blocks, so the weights are loaded and unloaded here.
     """
     registry: Any = getattr(block, "_diffusers_hook", None)
     hook = registry.hooks.get("group_offloading") if registry is not None else None
@@ -59,7 +59,7 @@ def _onloaded(group: Any, block: nn.Module) -> Iterator[None]:
 
 
 def version_of(value: Any) -> int | None:
-    """Return how often a tensor was written to, None where torch does not count; 0 for anything else."""
+    """Return the number of in-place writes to a tensor, None if torch does not count them; 0 for other objects."""
     if not isinstance(value, Tensor):
         return 0
     return None if value.is_inference() else value._version

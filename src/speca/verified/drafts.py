@@ -1,4 +1,4 @@
-"""The verified drafts of one model: its gate, what was found about it, and how its calls are answered."""
+"""Verified drafts of one model: its gate, the findings of its self-tests, and the execution of its calls."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class VerifiedDrafts:
     """Attached to one model from the first run that needs it until `detach`.
 
     Attributes:
-        gate: what the model's block lists are iterated through.
-        findings: what was found for each kind of call.
-        rule: in place of the one that the settings name.
+        gate: the gate in the model's block lists.
+        findings: result of the self-test for each kind of call.
+        rule: replaces the rule named in the settings.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,7 +37,7 @@ class VerifiedDrafts:
         self._renewals = 0
 
     def attach(self) -> str:
-        """Put the gate in place; returns why that is impossible, empty if it is done."""
+        """Attach the gate; return the reason if that is impossible, else an empty string."""
         try:
             if self.gate.lists:
                 self.gate.refresh()
@@ -48,11 +48,11 @@ class VerifiedDrafts:
         return ""
 
     def detach(self) -> None:
-        """Take the gate off; what was found is kept."""
+        """Detach the gate; keep the findings."""
         self.gate.detach()
 
     def renew(self, run: Run | None) -> None:
-        """Forget what was found of blocks that have been replaced, and what the run kept of them."""
+        """Drop findings of replaced blocks, and the features that the run kept of them."""
         if self.gate.renewals == self._renewals:
             return
         self._renewals = self.gate.renewals
@@ -63,8 +63,8 @@ class VerifiedDrafts:
                 run.restart()
 
     def known(self, key: tuple[object, object, bool]) -> Discovery:
-        """Return what was found for this kind of call. What held for many rows, or for uneven ones, holds for one row,
-        or for even ones."""
+        """Return the finding for this kind of call. A finding for several rows, or for rows of unequal length, also
+        holds for one row, or for rows of equal length."""
         if key in self.findings:
             return self.findings[key]
         kind, owned, uneven = key
@@ -75,15 +75,15 @@ class VerifiedDrafts:
         self, run: Run, config: VerifiedConfig, branch: Branch, step: int, noise: float, call: Invocation, kind: object,
         *, curious: bool = False,
     ) -> tuple[Any, str]:  # fmt: skip
-        """Answer one call; also returns why the model runs without forecasts, empty if it does not.
+        """Run one call; also return the reason if the model runs without forecasts, else an empty string.
 
         Args:
             run: the run that the call belongs to.
             config: how drafts are made and checked.
-            branch: whose call it is.
+            branch: the branch of the call.
             step, noise: index of the step and diffusion time.
             call: the model's original forward and its arguments.
-            kind: what must be equal in calls that one finding holds for.
+            kind: key of the finding; calls with equal kinds share one finding.
             curious: test the model even where the run is too short to gain from it.
         """
         player = VerifiedPlayer(config, self.rule or rule(config), run.executor, run.costs)
@@ -107,7 +107,7 @@ class VerifiedDrafts:
     def _discover(
         self, run: Run, player: VerifiedPlayer, work: Work, key: tuple[object, object, bool]
     ) -> tuple[Any, str]:
-        """The first call of its kind runs in full and is learnt from."""
+        """Run the first call of its kind in full and self-test the model on it."""
         began, rows = run.executor.now(), work.branch.rows
         out, finding, features = self._first(run, work.invocation, rows)
         self.findings[key] = finding
@@ -129,17 +129,17 @@ class VerifiedDrafts:
         return out, ""
 
     def _first(self, run: Run, call: Invocation, rows: int) -> tuple[Any, Discovery, tuple[Any, ...]]:
-        """Run the first call of its kind and test the draft path on it: the model's output, what was found, and the
-        features (B, ...) to be recorded, none if it is not supported.
+        """Run the first call of its kind and self-test drafts on it; return the model's output, the finding, and the
+        features (B, ...) to record (none if the model is not supported).
 
-        Where an engine may put rows of several requests together, one row is tested beside another one: only with two
-        can be seen where features carry their rows, and that rows do not touch each other.
+        For an engine, which batches rows of several requests, a single row is tested together with a second one: two
+        rows are needed to find the batch dimension of features and to test that rows are independent.
         """
         if rows == 1 and run.executor.joins and type(self.model).__name__ not in PACKED:
             try:
                 two = Invocation(call.function, join([call.arguments, scaled(call.arguments)], [1, 1]))
                 out, finding, features = run.executor.first(lambda: self._test(two, 2), 2)
-            except Exception:  # of a model that cannot take two: then each call of this kind is run alone
+            except Exception:  # the model cannot take two rows: run each call of this kind alone
                 self.gate.forget()
             else:
                 if finding.supported:

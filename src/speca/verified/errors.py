@@ -1,11 +1,11 @@
-"""Errors: how far a forecast feature is from the real one, one number per row, accumulated in fp32.
+"""Errors of a forecast feature against the computed one, one number per row, accumulated in fp32.
 
 All share one signature: `forecast (B, ...), real (B, ...) -> (B,)`, zero for a perfect forecast. They are ratios
 of norms; the mean of element-wise ratios that the authors' code uses diverges where an element is near zero and
 is kept only to reproduce it.
 
-Where a feature is spread over several devices, each holds a shard, and a ratio of shards is not that of the feature.
-So every error first makes parts that add up (or of which the largest counts) and then divides: `total` stands between.
+If a feature is sharded over several devices, a ratio of a shard is not the ratio of the feature. Each error therefore
+computes sums or maxima of its shard, combines them over the devices with `total`, and divides last.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ TINY = 1e-10
 
 
 class ErrorFunction(Protocol):
-    """One number per row. `total` makes the parts (P, B) of the whole feature from those of this device's shard."""
+    """Return one number per row. `total` combines the parts (P, B) of this device's shard with those of the others."""
 
     def __call__(self, forecast: Tensor, real: Tensor, total: Total = ..., /) -> Tensor: ...
 
 
 def whole(parts: Tensor, how: Literal["sum", "max"]) -> Tensor:
-    """The total where nothing is spread: the parts themselves."""
+    """Return the parts unchanged, for features on one device."""
     return parts
 
 
@@ -37,7 +37,7 @@ def relative_l2(forecast: Tensor, real: Tensor, total: Total = whole) -> Tensor:
     """`||F_pred - F||_2 / ||F||_2` (SpeCa, arXiv:2509.11628, verification error)."""
     forecast, real = _flat(forecast), _flat(real)
     norms = torch.stack([(forecast - real).norm(dim=1), real.norm(dim=1)])
-    gap, size = total(norms.square(), "sum").sqrt().unbind()  # alone, the root of a square is the number itself
+    gap, size = total(norms.square(), "sum").sqrt().unbind()  # on one device this is the norm itself
     return gap / size.clamp_min(TINY)
 
 
@@ -85,7 +85,7 @@ ERRORS: dict[str, ErrorFunction] = {
 
 
 def error_function(name: str) -> ErrorFunction:
-    """The error called `name`.
+    """Return the error called `name`.
 
     Raises:
         ConfigError: no such error; the nearest valid name is given.

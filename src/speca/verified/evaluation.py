@@ -16,7 +16,7 @@ from .probe import Discovery
 
 @dataclass(frozen=True)
 class Passed:
-    """What a forward through a gate gave.
+    """Result of a forward through a gate.
 
     Attributes:
         out: the model's own output.
@@ -33,11 +33,11 @@ class GatedEvaluation(Evaluation):
     """One forward through a gated model.
 
     Attributes:
-        gate: of the model.
-        finding: what is known of this kind of call.
+        gate: the gate of the model.
+        finding: result of the self-test of this kind of call.
         mode: full, checked or unchecked.
-        forecast: what the verify block is fed in a draft, rows first (n, ...): its state, then its outputs.
-        uses: how much of its inputs each row uses, such as the length of its prompt; see `rows.weights`.
+        forecast: forecasts for the verify block in a draft, rows first (n, ...): its state, then its outputs.
+        uses: amount of its inputs that each row uses, such as the length of its prompt; see `rows.weights`.
     """
 
     gate: Gate
@@ -48,11 +48,11 @@ class GatedEvaluation(Evaluation):
 
     @property
     def kind(self) -> Hashable:
-        """Equal for forwards that may be one, as far as the way they are run decides."""
+        """Return a key; forwards with equal keys can be batched."""
         return self.model, id(self.finding.learnt), self.mode
 
     def run(self) -> Passed:
-        """Run it; nothing of it stays in the gate, which runs one forward at a time."""
+        """Run the forward alone in the gate, and clear the gate afterwards."""
         gate, learnt = self.gate, self.finding.learnt
         assert learnt is not None
         with gate.lock:

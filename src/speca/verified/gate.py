@@ -1,8 +1,8 @@
-"""The iteration gate: what an unmodified model sees when it loops over its own blocks.
+"""The iteration gate: replace the blocks that an unmodified model gets when it iterates over its block lists.
 
-While a gated call runs, iterating a block list yields one light stand-in per block. In a full pass a stand-in calls
-its block. In a draft it hands its inputs through, except at the *verify block* (the last one called), which is fed the
-forecast state. Indexing, `len`, names, parameters and `state_dict` stay those of the list.
+During a gated call, iterating a block list yields one stand-in per block. In a full pass a stand-in calls its block. In
+a draft it returns its inputs, except at the *verify block* (the last one called), which runs on the forecast state.
+Indexing, `len`, names, parameters and `state_dict` stay those of the list.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Mode(enum.Enum):
         self.drafts = value in ("pass", "checked", "unchecked")
 
     OFF = "off"  # the list yields its own blocks
-    TRACE = "trace"  # call each block and learn which input each output continues
+    TRACE = "trace"  # call each block and find the input that each output updates
     FULL = "full"  # call each block, keep the verify block's state and outputs
     PASS = "pass"  # hand inputs through; the verify block runs on what reaches it
     CHECKED = "checked"  # hand inputs through; the verify block runs on the forecast state
@@ -40,11 +40,11 @@ class Mode(enum.Enum):
 
 @dataclass
 class Slots:
-    """Which argument each output of a block continues, learnt from one real call."""
+    """The argument that each output of a block updates, found on one full call."""
 
     is_tuple: bool
     names: tuple[str | None, ...]
-    quick: Callable[[Sequence[Any], dict[str, Any]], Any] | None = None  # hands inputs through as they were given then
+    quick: Callable[[Sequence[Any], dict[str, Any]], Any] | None = None  # see `blocks.quick_pass`
 
 
 @dataclass
@@ -57,13 +57,13 @@ class Features:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What one kind of call taught.
+    """Structure of the blocks for one kind of call.
 
     Attributes:
-        verify: the block that checks.
+        verify: the verify block.
         state: its arguments that are forecast.
-        slots: what each block hands through.
-        layouts: where each feature, state first and then outputs, carries its rows.
+        slots: for each block, the arguments returned when it is skipped.
+        layouts: batch dimension of each feature, state first and then outputs.
         ragged: whether a row alone has fewer tokens than in its batch.
     """
 
@@ -90,13 +90,13 @@ class GatedModuleList(nn.ModuleList):
         return nn.ModuleList(list(self._modules.values())[index])  # a part of the list has no gate
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles are plain lists."""
+        """Copy and pickle as a plain list."""
         kept = {n: v for n, v in self.__dict__.items() if n not in {"_speca_gate", "_speca_stand_ins"}}
         return nn.ModuleList, (), kept
 
 
 class StandIn:
-    """Stands for one block while the model iterates. Attributes are the block's own."""
+    """Replaces one block during iteration. Other attributes are those of the block."""
 
     def __init__(self, gate: Gate, block: nn.Module, name: str) -> None:
         self.gate, self.block, self.name = gate, block, name
@@ -113,19 +113,19 @@ class StandIn:
         gate, slots = self.gate, self.slots
         if gate.mode.drafts and slots is not None and slots.quick is not None and self is not gate.verify:
             try:
-                return slots.quick(args, kwargs)  # what a skipped block costs, see recipes/skip_overhead.py
-            except LookupError:  # given by name what was given by position when it was learnt, or the other way round
+                return slots.quick(args, kwargs)  # cost of a skipped block: see recipes/skip_overhead.py
+            except LookupError:  # arguments by position that were given by name before, or the reverse
                 pass
         return gate.run(self, args, kwargs)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by name; surplus positional ones as "*0", "*1", ..."""
+        """Return the arguments by name; surplus positional ones as "*0", "*1", ..."""
         names = self.parameters_of
         bound = {names[i] if i < len(names) else f"*{i}": value for i, value in enumerate(args)}
         return {**bound, **kwargs}
 
     def call_with(self, args: Sequence[Any], kwargs: dict[str, Any], replaced: dict[str, Any]) -> Any:
-        """Call the block with some arguments replaced, each where the model had put it."""
+        """Call the block with some arguments replaced, by position or name as the model passed them."""
         positional, named = list(args), dict(kwargs)
         for name, value in replaced.items():
             if name in named:
@@ -135,7 +135,7 @@ class StandIn:
         return self.block(*positional, **named)
 
     def learn(self, bound: dict[str, Any], out: Any, given: int) -> None:
-        """Find the argument each output continues: same shape, and nearest in value as blocks are residual.
+        """Find the argument that each output updates: same shape and nearest in value, as blocks are residual.
 
         `given` is the number of arguments that were positional.
         """
@@ -155,7 +155,7 @@ class StandIn:
         self.slots = Slots(is_tuple, tuple(names), quick_pass(is_tuple, names, list(bound)[:given])) if found else None
 
     def pass_through(self, bound: dict[str, Any]) -> Any:
-        """The inputs in the structure of the outputs."""
+        """Return the inputs in the structure of the outputs."""
         assert self.slots is not None
         values = tuple(None if name is None else bound[name] for name in self.slots.names)
         return values if self.slots.is_tuple else values[0]
@@ -170,7 +170,7 @@ class Gate:
     lists: dict[str, nn.ModuleList] = field(default_factory=dict)
     blocks: dict[str, list[Any]] = field(default_factory=dict)  # of each list, as they were last seen
     stand_ins: dict[str, list[StandIn]] = field(default_factory=dict)
-    renewals: int = 0  # how often blocks were not those known before, so that nothing learnt of them holds
+    renewals: int = 0  # number of changes of the blocks; findings of earlier blocks are invalid
     verify: StandIn | None = None
     state: tuple[str, ...] = ()
     learnt: Learnt | None = None
@@ -181,7 +181,7 @@ class Gate:
     lock: Any = field(default_factory=threading.RLock, repr=False)  # held while a forward goes through the gate
 
     def attach(self) -> None:
-        """Put the gate into every block list of the model. Undone by `detach`; what was learnt of blocks is kept.
+        """Put the gate into every block list of the model. Undone by `detach`, which keeps what was found about blocks.
 
         Raises:
             ConfigError: a list is gated already, for another model that shares it.
@@ -198,14 +198,14 @@ class Gate:
         self.lists = lists
 
     def refresh(self) -> None:
-        """Take up blocks and lists that were replaced, added or removed since `attach`; quick where none was."""
+        """Gate blocks and lists that were replaced, added or removed since `attach`; fast if there are none."""
         lists = block_lists(self.model)
         if lists != self.lists or _blocks_of(lists) != self.blocks:
             self.detach()
             self.attach()
 
     def detach(self) -> None:
-        """Give every list its class and attributes back."""
+        """Restore the class and attributes of every list."""
         for blocks in self.lists.values():
             blocks.__class__ = nn.ModuleList
             del blocks.__dict__["_speca_gate"], blocks.__dict__["_speca_stand_ins"]
@@ -213,7 +213,7 @@ class Gate:
         self.forget()
 
     def learn(self, layouts: Sequence[Layout], *, ragged: bool) -> Learnt:
-        """What the traced call taught, to be given back to `arm` at later calls of its kind."""
+        """Return the structure found in the traced call, to be passed to `arm` at later calls of its kind."""
         assert self.verify is not None
         slots = tuple((s, s.slots) for known in self.stand_ins.values() for s in known)
         self.learnt = Learnt(self.verify, self.state, slots, tuple(layouts), ragged)
@@ -231,7 +231,7 @@ class Gate:
         self.mode, self.bound, self.features, self.forecast = Mode.OFF, {}, None, None
 
     def run(self, stand_in: StandIn, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """One block's turn in the current pass."""
+        """Run, skip or replace one block in the current pass."""
         if self.mode is Mode.TRACE:
             return self._trace(stand_in, args, kwargs)
         if stand_in is not self.verify:
@@ -263,7 +263,7 @@ class Gate:
 
     def _trace(self, stand_in: StandIn, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         bound = stand_in.bind(args, kwargs)
-        # A block may write into its inputs, so what the last one was given is kept as a copy.
+        # A block may write into its inputs, so the inputs of the last one are copied.
         kept = {n: v.clone() if isinstance(v, Tensor) else v for n, v in bound.items()}
         before = [version_of(v) for v in bound.values()]
         out = stand_in.block(*args, **kwargs)
@@ -283,7 +283,7 @@ class Gate:
         return values if stand_in.slots.is_tuple else values[0]
 
     def _fitted(self, forecast: Tensor, like: Tensor) -> Tensor:
-        """Of a ragged row: forecasts come with as many tokens as the longest row of the batch had."""
+        """Cut the forecast of a ragged row, which has as many tokens as the longest row of its batch."""
         if forecast.shape == like.shape:
             return forecast
         if self.learnt is None or not self.learnt.ragged:
@@ -329,5 +329,5 @@ def demand_free(model: nn.Module) -> None:
 
 
 def is_gated(model: nn.Module) -> bool:
-    """Whether a gate sits in any block list of the model."""
+    """Return whether any block list of the model has a gate."""
     return any(isinstance(child, GatedModuleList) for child in model.modules())

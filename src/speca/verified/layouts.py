@@ -1,4 +1,4 @@
-"""Where the features of a block carry the rows of a call. B is the number of rows."""
+"""Batch dimension of the features of a block. B is the number of rows of a call."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Layout = Literal["rows", "second", "folded", "whole"]
 
 
 def layout(feature: Tensor, rows: int, alone: Tensor | None = None) -> Layout:
-    """Where a block feature carries its rows: dimension 0, dimension 1, folded into dimension 0, or, with one row of
-    which nothing else is known, the whole tensor is that row.
+    """Return the layout of a block feature: rows in dimension 0, in dimension 1, folded into dimension 0, or, for one
+    row without other evidence, the whole tensor as that row.
 
     Args:
         feature: of a call with `rows` rows.
@@ -38,7 +38,7 @@ def layout(feature: Tensor, rows: int, alone: Tensor | None = None) -> Layout:
 
 
 def rows_first(feature: Tensor, rows: int, kind: Layout) -> Tensor:
-    """A block feature as (B, ...)."""
+    """Return a block feature as (B, ...)."""
     if kind == "second":
         return feature.transpose(0, 1)
     if kind == "whole":

@@ -35,14 +35,14 @@ from .shards import total_of
 
 @dataclass(frozen=True)
 class Work:
-    """One call of a gated model, to be answered.
+    """One call of a gated model.
 
     Attributes:
-        branch: whose call it is.
+        branch: the branch of the call.
         step, total: index of the step and number of steps.
         noise: diffusion time, about 1 at pure noise.
-        gate: of the model.
-        finding: what is known of this kind of call.
+        gate: the gate of the model.
+        finding: result of the self-test of this kind of call.
         invocation: the model's original forward and its arguments.
     """
 
@@ -65,7 +65,7 @@ class Work:
 
     @property
     def ragged(self) -> bool:
-        """Whether rows alone have fewer tokens than in their batch."""
+        """Return whether rows have fewer tokens alone than in their batch."""
         return self.finding.learnt is not None and self.finding.learnt.ragged
 
 
@@ -82,16 +82,15 @@ class KeptFeatures:
 
 
 class VerifiedPlayer:
-    """Answers the calls of one run whose features are forecast. It keeps no state: that of a branch is in its
-    `Branch`."""
+    """Runs the calls of one run with forecast features. It has no state; the state of a branch is in its `Branch`."""
 
     def __init__(self, config: VerifiedConfig, rule: Rule, executor: Executor, costs: Costs) -> None:
         """
         Args:
             config: the settings.
-            rule: who is forecast, and what is accepted.
+            rule: plans the steps of samples and accepts or rejects drafts.
             executor: runs forwards and reads numbers.
-            costs: what is spent is added here.
+            costs: FLOPs and counts are added here.
         """
         self.config, self.rule, self.executor, self.costs = config, rule, executor, costs
         self.forecaster = forecaster(config.forecaster)
@@ -100,10 +99,10 @@ class VerifiedPlayer:
         self.history_dtype: torch.dtype | None = dtypes[config.history_dtype]
 
     def play(self, work: Work) -> Any:
-        """Answer one call; the records of its branch are updated, the output has all its rows.
+        """Run one call; update the records of its branch and return the output of all rows.
 
-        Where features do not fit those kept, as the first call could not show, the rest of the branch is run without
-        forecasts; `branch.plain` says why.
+        If features do not fit the shapes of those kept, the rest of the branch runs without forecasts, and
+        `branch.plain` is the reason.
         """
         began = self.executor.now()
         try:
@@ -136,7 +135,7 @@ class VerifiedPlayer:
         return rowwise.merge(parts, branch.rows)
 
     def record(self, work: Work, records: Sequence[Record], features: Sequence[Tensor]) -> None:
-        """Keep what a full forward over the rows of `records` gave, features (n, ...), as their newest full step."""
+        """Record the features (n, ...) of a full forward over the rows of `records` as their newest full step."""
         branch, rows = work.branch, rows_of(records)
         if branch.kept is None:
             shapes = tuple(f.shape[1:] for f in features)
@@ -151,16 +150,16 @@ class VerifiedPlayer:
             record.anchors = [self._where(work), *record.anchors][: self.config.anchors]
 
     def _full(self, work: Work, records: Sequence[Record]) -> Any:
-        """The output of the rows of `records`, computed by all blocks; their features are kept."""
+        """Run all blocks on the rows of `records`; record their features and return the output."""
         passed: Passed = self.executor.run(work.on(rows_of(records), Mode.FULL))
         if passed.features:
             self.record(work, records, passed.features)
         return passed.out
 
     def _draft(self, work: Work, records: Sequence[Record], mode: Mode) -> tuple[Any, list[Tensor]]:
-        """The output of a draft and, where it is checked, the errors (n,) of its rows, possibly in parts.
+        """Return the output of a draft and, if checked, the errors (n,) of its rows.
 
-        Ragged rows are drafted one by one: what counts as a row's tokens must not depend on the others of its batch.
+        Ragged rows are drafted one by one, as their number of tokens must not depend on other rows of the batch.
         """
         rows, by_row = rows_of(records), {row: record for record in records for row in record.rows}
         parts = [[i] for i in range(len(rows))] if work.ragged else [list(range(len(rows)))]
@@ -174,7 +173,7 @@ class VerifiedPlayer:
         return rowwise.merge(outputs, len(rows)), errors
 
     def _draft_rows(self, work: Work, rows: list[int], weights: Tensor, mode: Mode) -> tuple[Any, Tensor | None]:
-        """One forward as a draft of `rows`: its output and, where it is checked, their errors (n,)."""
+        """Run one draft of `rows`; return its output and, if checked, the errors (n,)."""
         streams, main = self._kept(work.branch).history.forecast(rows, weights.tolist()), work.finding.main
         passed: Passed = self.executor.run(work.on(rows, mode, streams))
         if not passed.features:
@@ -184,12 +183,12 @@ class VerifiedPlayer:
         return passed.out, self.error(forecast, computed, total_of(work.gate.model))
 
     def _check(self, work: Work, records: Sequence[Record]) -> tuple[list[tuple[list[int], Any]], list[Record]]:
-        """Draft, verify and judge; returns the output of the accepted rows and the rejected records."""
+        """Draft and verify; return the output of the accepted rows and the rejected records."""
         out, parts = self._draft(work, records, Mode.CHECKED)
         rows, errors = rows_of(records), parts[0] if len(parts) == 1 else torch.cat(parts)
         self.costs.host_reads += 1
         by_row = dict(zip(rows, self.executor.read(errors), strict=True))
-        # Cond and uncond of a sample share one verdict: guidance would amplify the gap between a full and a draft one.
+        # Both guidance rows of a sample share one verdict, as guidance amplifies a difference of draft and full.
         errors_of = self.rule.judged([worst([by_row[row] for row in record.rows]) for record in records])
         verdicts = self.rule.accept(records, errors_of)
         rejected = []
@@ -200,7 +199,7 @@ class VerifiedPlayer:
         return ([] if len(rejected) == len(records) else [(rows, out)]), rejected
 
     def _weights(self, records: Sequence[Record], work: Work) -> Tensor:
-        """Forecast weights (n, K), newest full step first, from each row's own full steps."""
+        """Return forecast weights (n, K), newest full step first, from each row's own full steps."""
         depth = self.config.anchors
         # Missing full steps are given distinct far positions, so that no gap is zero; their weights are zero.
         padded = [[*r.anchors, *(1e6 * (j + 1) for j in range(len(r.anchors), depth))] for r in records]

@@ -1,16 +1,16 @@
-"""State discovery and self-test: what must be forecast, and proof on a real call that nothing else is needed.
+"""State discovery and self-test: find the inputs to forecast, and test on a full call that they suffice.
 
 The first full step of a model is followed, once, by a few cheap passes of the same call:
 
-1. pass: every block hands its inputs through, and the verify block shows which of its arguments change. These are the
-   *state* that skipped blocks carry, and only they are forecast.
+1. pass: every block returns its inputs. The arguments of the verify block that differ from the full pass are the
+   *state*; only they are forecast.
 2. one row alone, in full: it must give what it gave in its batch, so the rows of the inputs were found correctly. Its
    features show where rows lie in those of the batch, and whether they are *ragged*: fewer tokens alone than in the
-   batch. Whatever the blocks keep on the side now belongs to another call.
+   batch. Other state inside blocks now belongs to another call.
 3. replay: the same call as a draft fed the exact features must give the full output, checked and unchecked; where rows
    are ragged, the row alone as well.
 
-Anything else means a hidden path around the verify block, and the model is then run plainly.
+If a test fails, data bypasses the verify block, and the model runs without forecasts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Discovery:
-    """What the probe found. FLOPs are per row, counted by PyTorch; None where it cannot count."""
+    """Result of the self-test. FLOPs are per row, counted by PyTorch; None where it cannot count."""
 
     supported: bool
     reason: str
@@ -53,19 +53,19 @@ class Discovery:
 
     @property
     def depth(self) -> int:
-        """Number of gated blocks a full step runs."""
+        """Return the number of gated blocks that a full step runs."""
         return sum(n for _, n in self.blocks)
 
 
 def discover(gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int) -> tuple[Any, Discovery]:
-    """Run one call in full, learn from it, and test the draft path on it.
+    """Run one call in full, find the state, and test drafts on it.
 
     Returns the full output (to be handed to the caller) and the finding. The features of the call are in
     `gate.features`, ready to be recorded, if the model is supported.
     """
     fresh = _Fresh(arguments, rows)
     gate.called, gate.verify, gate.state, gate.learnt, gate.mode = [], None, (), None, Mode.TRACE
-    whole = hasattr(forward, "_torchdynamo_orig_callable")  # compiled as one: learning from it is not for a compiler
+    whole = hasattr(forward, "_torchdynamo_orig_callable")  # do not compile the tracing pass
     with torch.compiler.set_stance("force_eager") if whole else nullcontext():
         out = forward(**fresh())
     if gate.verify is None:
@@ -74,7 +74,7 @@ def discover(gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int)
         finding = _examine(gate, forward, fresh, out)
     except UnsupportedModelError as problem:
         finding = Discovery(False, str(problem))
-    except Exception as problem:  # whatever a foreign model raises when it is skipped: run it plainly
+    except Exception as problem:  # models raise errors of any type if blocks are skipped: run without forecasts
         finding = Discovery(False, f"a skipped pass raised {type(problem).__name__}: {problem}")
     if whole or not finding.supported:
         # The probe may have left side effects of other calls behind, or rounded as eager code; the true call decides.
@@ -84,7 +84,7 @@ def discover(gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int)
 
 
 class _Fresh:
-    """Arguments anew for every pass: tensors as they were, containers copied."""
+    """Return new arguments for a pass: the same tensors in copied containers."""
 
     def __init__(self, arguments: dict[str, Any], rows: int) -> None:
         self.rows = rows
@@ -94,8 +94,8 @@ class _Fresh:
         return rowwise.select(self.arguments, range(self.rows) if rows is None else rows, self.rows)
 
     def other(self) -> tuple[dict[str, Any], int | None]:
-        """A different call of one row, and which row it is: of several rows the one that uses the least of its inputs,
-        the last of equals; with one row the same input scaled, which is none of them."""
+        """Return a different call of one row, and the index of the row: the row that uses the least of its inputs (the
+        last, if equal); with a single row, the scaled input and no index."""
         if self.rows > 1:
             weights = rowwise.weights(self.arguments, self.rows)
             row = min(reversed(range(self.rows)), key=weights.__getitem__)
@@ -104,7 +104,7 @@ class _Fresh:
 
 
 def scaled(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Another call: the first argument that is no whole number, by nine tenths."""
+    """Return another call: the first floating-point argument is multiplied by 0.9."""
     name, value = next((n, v) for n, v in arguments.items() if _is_floating(v))
     return {**arguments, name: value * 0.9 if isinstance(value, Tensor) else [v * 0.9 for v in value]}
 
@@ -156,7 +156,7 @@ def _examine(gate: Gate, forward: Forward, fresh: _Fresh, out: Any) -> Discovery
 
 
 def _state(full: dict[str, Any], passed: dict[str, Any]) -> tuple[str, ...]:
-    """The arguments of the verify block that differ between a full pass and one that skipped the blocks before it."""
+    """Return the arguments of the verify block that differ between a full pass and one that skips earlier blocks."""
     state = tuple(name for name, value in full.items() if _differs(value, passed[name]))
     if not state:
         raise UnsupportedModelError("the verify block's inputs do not depend on the blocks before it.")
@@ -167,7 +167,7 @@ def _state(full: dict[str, Any], passed: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _learn(gate: Gate, batch: Features, alone: Features, rows: int) -> Learnt:
-    """Where the features carry their rows, from those of a batch and those of one of its rows."""
+    """Return the layouts of the features, from those of a batch and those of one of its rows."""
     pairs = list(zip([*batch.state, *batch.outputs], [*alone.state, *alone.outputs], strict=True))
     kinds = [layouts.layout(b, rows, a) for b, a in pairs]
     shapes = [
@@ -178,7 +178,7 @@ def _learn(gate: Gate, batch: Features, alone: Features, rows: int) -> Learnt:
 
 
 def _row_of(features: Features, learnt: Learnt, row: int, rows: int) -> Features:
-    """The features of one row, cut out of those of its batch."""
+    """Return the features of one row of a batch."""
     cut = [
         layouts.as_given(layouts.rows_first(f, rows, kind)[row : row + 1], kind)
         for f, kind in zip([*features.state, *features.outputs], learnt.layouts, strict=True)
@@ -205,15 +205,15 @@ def _no_blocks(gate: Gate) -> str:
 
 
 def _counted(run: Callable[[], Any], compiled: bool) -> tuple[Any, float]:
-    """The result of `run` and the FLOPs it took, 0 where they cannot be counted (flex attention).
+    """Return the result of `run` and its FLOPs, 0 if they cannot be counted (flex attention).
 
-    Compiled code hides its operations from the counter and must not be traced anew under it. So counting is eager, and
-    what was `compiled` runs once more for its result, as eager code rounds differently.
+    Operations of compiled code cannot be counted. FLOPs are therefore counted in eager mode, and a `compiled` model
+    runs once more for its result, as eager code rounds differently.
     """
     try:
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             out = run()
-    except Exception:  # of the counter, or of the model: then it comes again
+    except Exception:  # an error of the model is raised again below
         return run(), 0.0
     return run() if compiled else out, float(counter.get_total_flops())
 

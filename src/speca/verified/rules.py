@@ -1,4 +1,4 @@
-"""The paper's rule and its siblings: which features are forecast, and which forecasts are accepted. Plain numbers."""
+"""The paper's rule and other rules: plan full steps and drafts, and accept or reject checked drafts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import ConfigError, nearest
 
 
 class Rule(ABC):
-    """Plans each step of each sample and judges its drafts. Rules keep no state: that is in the records."""
+    """Plans each step of each sample and accepts or rejects its drafts. Rules have no state; it is in the records."""
 
     def __init__(self, config: VerifiedConfig) -> None:
         self.config = config
@@ -23,12 +23,12 @@ class Rule(ABC):
         return max(c.threshold * float(c.threshold_decay**record.progress), c.threshold_floor)
 
     def idle(self, steps: int) -> bool:
-        """Whether a run of so few steps leaves nothing to forecast."""
+        """Return whether a run is too short for drafts."""
         return steps <= self.config.warmup + self.config.final
 
     @abstractmethod
     def plan(self, record: Record) -> Plan:
-        """Return what this sample does at its current step."""
+        """Return the mode of this sample at its current step."""
 
     def judged(self, errors: Sequence[float]) -> list[float]:
         """Return the errors that are compared with the threshold: each sample's own."""

@@ -1,7 +1,7 @@
-"""Context parallelism: numbers of the whole feature from those of the shard that this process holds.
+"""Context parallelism: compute errors of the whole feature from the shards of all processes.
 
 Each process of a context-parallel model computes a part of the sequence, and with it a part of every block feature.
-A draft must be accepted by all of them or by none, or they would wait for each other for ever.
+All processes must accept or reject the same drafts, else they deadlock.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .errors import Total, whole
 
 
 def total_of(model: nn.Module) -> Total:
-    """How the parts of an error are put together for `model` as it is now; see `verified/errors.py`.
+    """Return the function that combines the parts of an error over the processes of `model`; see `verified/errors.py`.
 
-    Every process gets all parts and adds them in the same order, so all decide on the very same bits. A feature that
-    is not spread is counted once per process, above and below the fraction, and its error stays what it is.
+    Every process adds all parts in the same order, so all get bitwise equal results. A feature that is not sharded is
+    counted once per process in numerator and denominator, so its error does not change.
     """
     config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
     mesh = getattr(config, "_flattened_mesh", None)

@@ -37,7 +37,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def like(cls, state: dict[str, Tensor]) -> Classifier:
-        """The classifier that `state` belongs to, in eval mode, with its weights in float32: shapes say the rest."""
+        """Return the classifier with the weights `state`, in eval mode and float32; sizes follow from the shapes."""
         convolutions = [value for name, value in state.items() if name.startswith("body") and value.ndim == 4]
         width, channels = convolutions[0].shape[:2]
         model = cls(channels, len(state["head.3.bias"]), width, len(convolutions) // 2)
