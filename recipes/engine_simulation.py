@@ -9,7 +9,8 @@ GPU was at hand. A full forward of b rows takes `max(b, width) + setup`, in unit
   requests at one step on an H100 (pull request #18764 of sgl-project/sglang: best case +29.6 %).
 - "hungry": width 8, setup 0.3: eight rows take no longer than one. An assumption, for small pictures on large GPUs.
 
-A draft takes as much for each row as one block of the model, and `setup` once. Four ways to serve the same requests:
+A draft of "balanced", a forecast output, takes no time; one of "verified" as much for each row as one block of the
+model, and half of `setup` once. Four ways to serve the same requests:
 
 - none: batches in lock-step, every step full;
 - batch-wide: a batch drafts when all of its samples would, so that each has the quality it asked for;
@@ -32,11 +33,12 @@ from rich.progress import track
 
 import speca
 from speca.compare.measure import generate
+from speca.config import Config
 from speca.engine.scheduler import Lane, Scheduler
 from speca.zoo import resolve
 
 CAPS = (1, 2, 4, 8, 16, 32, 64)
-PRESETS = {
+PRESETS: dict[str, Config] = {
     "balanced": speca.PRESETS["balanced"],
     "verified": speca.VerifiedConfig(threshold=0.06, threshold_decay=1.0, max_draft=6),
 }
@@ -49,23 +51,23 @@ COLOURS = {"none": "#9aa3ad", "batch-wide": "#d8573c", "lock-step": "#e3a33c", "
 
 
 class Cost(NamedTuple):
-    """Times of an imagined GPU, in units of one row of a large batch."""
+    """Times of an imagined GPU, in units of one row of a large batch; drafts of a model without `blocks` take none."""
 
     width: float
     setup: float
-    blocks: int
+    blocks: int = 0
 
     def full(self, rows: int) -> float:
         return max(rows, self.width) + self.setup
 
     def draft(self, rows: int) -> float:
-        return max(rows, self.width) / self.blocks + self.setup / 2
+        return max(rows, self.width) / self.blocks + self.setup / 2 if self.blocks else 0.0
 
 
 def simulate(traces: Sequence[str], cap: int, cost: Cost, *, lockstep: bool) -> tuple[float, float]:
     """Time to serve all requests by the engine's scheduler, and the mean rows of its full forwards."""
     scheduler = Scheduler(max_batch=cap, max_live=cap if lockstep else 4 * cap, lockstep=lockstep)
-    todo = {n: deque(work(trace)) for n, trace in enumerate(traces)}
+    todo = {n: deque(work(trace, drafts=cost.blocks > 0)) for n, trace in enumerate(traces)}
     for n in todo:
         scheduler.submit(n)
     now, rows, batches = 0.0, 0, 0
@@ -88,9 +90,10 @@ def simulate(traces: Sequence[str], cap: int, cost: Cost, *, lockstep: bool) -> 
     return now, rows / batches
 
 
-def work(trace: str) -> list[tuple[int, Lane]]:
-    """The forwards of one request: a rejected draft is both."""
-    lanes = {"F": [Lane.FULL], "A": [Lane.DRAFT], "R": [Lane.DRAFT, Lane.FULL]}
+def work(trace: str, *, drafts: bool) -> list[tuple[int, Lane]]:
+    """The forwards of one request: a rejected draft is both; where `drafts` are no forwards, full steps alone."""
+    draft = [Lane.DRAFT] if drafts else []
+    lanes = {"F": [Lane.FULL], "A": draft, "R": [*draft, Lane.FULL]}
     return [(step, lane) for step, letter in enumerate(trace) for lane in lanes[letter]]
 
 
@@ -107,7 +110,7 @@ def in_batches(traces: Sequence[str], cap: int, cost: Cost, *, cached: bool) -> 
     return now
 
 
-def trace(model: str, config: speca.SpecaConfig | speca.VerifiedConfig, samples: int, steps: int) -> list[str]:
+def trace(model: str, config: Config, samples: int, steps: int) -> list[str]:
     """What each sample of the model does at each step."""
     pipe = resolve(model)
     seeds = list(range(samples))
@@ -164,8 +167,8 @@ def main(
     blocks = len(resolve(model).transformer.transformer_blocks)
     rows: list[dict[str, object]] = []
     for gpu, width in track({"saturated": 1.0, "hungry": 8.0}.items(), description="simulating"):
-        cost = Cost(width, 0.3, blocks)
         for preset, pool in traces.items():
+            cost = Cost(width, 0.3, blocks if isinstance(PRESETS[preset], speca.VerifiedConfig) else 0)
             drawn = random.Random(0).choices(pool, k=requests)
             for cap in CAPS:
                 plain = in_batches(drawn, cap, cost, cached=False)
