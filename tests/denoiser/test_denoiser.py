@@ -260,3 +260,12 @@ def test_a_prior_and_its_file(tmp_path: Any) -> None:
     )
     run(SAMPLERS["euler"], denoise, noise() / KARRAS[0], torch.linspace(1, 0, 29))
     assert {s.full for s in denoise.report().samples} == {7} and not denoise.report().notes
+
+
+def test_a_sampler_that_adds_noise_says_that_a_tolerance_forecasts_little() -> None:
+    for name, settings, said in (
+        ("euler_ancestral", {}, 1), ("euler_ancestral", dict(speedup=4), 0), ("euler", {}, 0),
+    ):  # fmt: skip
+        denoise = speca.Denoiser(Toy(), sampler=SAMPLERS[name], sigmas=KARRAS, **settings)  # type: ignore[arg-type]
+        run(SAMPLERS[name], denoise, noise())
+        assert sum("adds noise at each step" in note for note in denoise.report().notes) == said

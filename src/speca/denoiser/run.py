@@ -65,6 +65,12 @@ class Run:
         self.player = Player(self.planner, response.transitions, total, self.prior, self.executor, self.costs)
         if response.note and not self.idle:
             self.note(f"{response.note}.")
+        free = not (config.speedup or config.schedule or self.planner.exact or self.idle) and self.prior is None
+        if free and response.transitions and response.transitions[0].noisy:
+            self.note(
+                "the sampler adds noise at each step, so outputs change abruptly and a tolerance lets few steps be "
+                "forecast; speedup= sets a budget."
+            )
 
     @property
     def idle(self) -> str:
