@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from far import device
-from model.test_multistep import SAMPLERS
-from speca.model import sampler
-from speca.model.sampler import transitions
+from sampler.test_multistep import SAMPLERS
+from speca.sampler import scheduler as module
+from speca.sampler.scheduler import scheduler_response
 
 ALL: dict[str, tuple[str, dict[str, Any]]] = {
     **{case: (name, config) for case, (name, config, _) in SAMPLERS.items()},
@@ -29,9 +29,9 @@ def test_it_is_found_as_on_the_cpu(case: str) -> None:
     name, config = ALL[case]
     found = []
     for place in ("cpu", "far"):
-        sampler._known.clear()
+        module._found.cache_clear()
         scheduler = getattr(diffusers, name)(**config)
         scheduler.set_timesteps(12, device=torch.device(place))
-        found.append(transitions(scheduler))
+        found.append(scheduler_response(scheduler))
     assert isinstance(scheduler.timesteps, device.Far)
     assert found[0] == found[1]

@@ -12,10 +12,10 @@ import speca
 import tiny
 from pipelines.cases import RECIPES
 from speca import zoo
-from speca.core.controller import Planner, Record
-from speca.sampler import scheduler as sampler
 from speca.calibration.recording import record
+from speca.core.controller import Planner, Record
 from speca.diffusers.accelerator import ATTRIBUTE
+from speca.sampler import scheduler as sampler
 
 SEEDS = [3, 8, 5]
 
@@ -106,9 +106,7 @@ def test_a_velocity_that_is_quadratic_in_time_is_integrated_exactly(monkeypatch:
 
     model = Model().eval()
     plain = loop(model)
-    settings = dict(
-        scheduler=scheduler, schedule=(0, 1, 4, 8, 11), prior="none"
-    )
+    settings = dict(scheduler=scheduler, schedule=(0, 1, 4, 8, 11), prior="none")
     gaps = []
     for corrector in (False, True):
         speca.enable(model, **settings, corrector=corrector)

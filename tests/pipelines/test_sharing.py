@@ -15,8 +15,8 @@ import torch
 import speca
 import tiny
 from pipelines.cases import RECIPES
-from speca.diffusers.enable import HOOK
 from speca.diffusers.accelerator import ATTRIBUTE
+from speca.diffusers.enable import HOOK
 
 SEEDS = [3, 8]
 LOOSE = dict(preset=tiny.VERIFYING, threshold=1e9, min_draft=0, max_draft=3)

@@ -146,12 +146,19 @@ def fresh(scheduler: Any) -> Any:
     for name, value in vars(scheduler).items():
         if callable(value) and not isinstance(value, nn.Module) and hasattr(cls, name):
             continue
-        if isinstance(value, Tensor):
-            kept: Any = value.detach().cpu().clone()
-        else:
-            kept = value if isinstance(value, nn.Module) else copy.deepcopy(value)
-        made.__dict__[name] = STATE[name](kept) if name in STATE else kept
+        made.__dict__[name] = STATE[name](value) if name in STATE else _on_host(value)
     return made
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of a value, with its tensors on the host; modules as they are."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if type(value) in (list, tuple):
+        return type(value)(_on_host(part) for part in value)
+    if type(value) is dict:
+        return {name: _on_host(part) for name, part in value.items()}
+    return value if isinstance(value, nn.Module) else copy.deepcopy(value)
 
 
 def _path(scheduler: Any) -> tuple[list[float], list[float], str]:
