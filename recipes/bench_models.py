@@ -51,7 +51,7 @@ def subjects(tiny: bool, device: str, dtype: torch.dtype) -> list[Subject]:
         num_attention_heads=2 if tiny else 24, attention_head_dim=16 if tiny else 128, text_embed_dim=text,
         rope_axes_dim=(4, 6, 6) if tiny else (16, 56, 56),
     )  # fmt: skip
-    tokens, told = (64, 16) if tiny else (4096, 512)
+    tokens, words = (64, 16) if tiny else (4096, 512)
     grid = (2, 4, 4) if tiny else (17, 60, 80)  # latents of 65 frames of 480 x 640
     edge = int(tokens**0.5)
     places = torch.stack(
@@ -64,15 +64,15 @@ def subjects(tiny: bool, device: str, dtype: torch.dtype) -> list[Subject]:
 
     def of_flux(batch: int) -> dict[str, torch.Tensor]:
         return dict(
-            hidden_states=draw(batch, tokens, 64), encoder_hidden_states=draw(batch, told, text),
+            hidden_states=draw(batch, tokens, 64), encoder_hidden_states=draw(batch, words, text),
             pooled_projections=draw(batch, 768), timestep=whole(batch, 0.5), guidance=whole(batch, 3.5),
-            img_ids=places.reshape(-1, 3).to(device), txt_ids=torch.zeros(told, 3, device=device),
+            img_ids=places.reshape(-1, 3).to(device), txt_ids=torch.zeros(words, 3, device=device),
         )  # fmt: skip
 
     def of_video(batch: int) -> dict[str, torch.Tensor]:
         return dict(
-            hidden_states=draw(batch, 16, *grid), timestep=whole(batch), encoder_hidden_states=draw(batch, told, text),
-            encoder_attention_mask=torch.ones(batch, told, device=device, dtype=torch.long),
+            hidden_states=draw(batch, 16, *grid), timestep=whole(batch), encoder_hidden_states=draw(batch, words, text),
+            encoder_attention_mask=torch.ones(batch, words, device=device, dtype=torch.long),
             pooled_projections=draw(batch, 768), guidance=whole(batch, 6000.0),
         )  # fmt: skip
 

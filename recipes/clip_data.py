@@ -31,7 +31,7 @@ KNOWN = (
     "butterfly", "rocket", "automobile", "bus", "sailboat", "airplane", "soccer ball", "evergreen tree", "cactus",
     "heavy black heart", "white medium star", "robot face", "ghost",
 )  # fmt: skip
-"""What a small model can learn to draw; it is told these last, in one style."""
+"""What a small model can learn to draw; it is trained on these last, in one style."""
 
 
 @dataclass(frozen=True)

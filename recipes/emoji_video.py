@@ -92,10 +92,10 @@ class Model(nn.Module):
         self, latents: Tensor, sigma: Tensor, guidance: Tensor, clip_ids: Tensor, ids: Tensor, mask: Tensor
     ) -> Tensor:
         """Velocity noise - data, (B, 16, 5, 8, 8), at `sigma` (B,), exactly as HunyuanVideoPipeline asks for it."""
-        told = self.llama(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-3]
+        words = self.llama(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-3]
         out: Tensor = self.transformer(
             hidden_states=latents, timestep=1000 * sigma, guidance=1000 * guidance,
-            encoder_hidden_states=told[:, CROP:], encoder_attention_mask=mask[:, CROP:],
+            encoder_hidden_states=words[:, CROP:], encoder_attention_mask=mask[:, CROP:],
             pooled_projections=self.clip(clip_ids).pooler_output, return_dict=False,
         )[0]  # fmt: skip
         return out

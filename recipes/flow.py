@@ -67,10 +67,10 @@ def distil(
         x, sigma, ids, _ = batches(g, 0.0)
         w = torch.empty(len(x)).uniform_(*scales, generator=g).to(x.device)
         with torch.no_grad():
-            both = [torch.cat([told, none.expand_as(told)]) for told, none in zip(ids, empty, strict=True)]
+            both = [torch.cat([given, none.expand_as(given)]) for given, none in zip(ids, empty, strict=True)]
             twice = x.repeat(2, *[1] * (x.dim() - 1))
-            told, free = teacher(twice, sigma.repeat(2), torch.ones_like(w).repeat(2), *both).float().chunk(2)
-            target = free + w.view(-1, *[1] * (x.dim() - 1)) * (told - free)
+            given, free = teacher(twice, sigma.repeat(2), torch.ones_like(w).repeat(2), *both).float().chunk(2)
+            target = free + w.view(-1, *[1] * (x.dim() - 1)) * (given - free)
         return F.mse_loss(forward(x, sigma, w, *ids).float(), target)
 
     fit(name, model, loss_of, lr=5e-4, **how)
