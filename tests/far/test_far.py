@@ -218,11 +218,13 @@ def test_a_model_is_calibrated_and_compared_there() -> None:
 
 def test_the_gpu_suite_runs_there(tmp_path: Path) -> None:
     """Full, draft and rejected steps of DiT, the authors' layout and the rivals, in toy sizes."""
-    bench_gpu.main(tmp_path / "gpu.json", minutes=0.5, tiny=True, device="far", repeats=1)
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    rows = [row for model in found["models"] for row in model["rows"]]
-    reasons = [row["reason"] for row in rows if "reason" in row]
-    assert not [reason for reason in reasons if "cache-dit is not installed" not in reason], reasons
-    assert {"full", "speca", "module caches (the authors' layout)", "diffusers TaylorSeer"} <= {
-        row["method"] for row in rows
-    }
+    wanted = {"full", "speca", "module caches (the authors' layout)", "diffusers TaylorSeer"}
+    for minutes in (0.5, 1.0):  # a busy machine leaves out what half a minute has no time for
+        bench_gpu.main(tmp_path / "gpu.json", minutes=minutes, tiny=True, device="far", repeats=1)
+        found = json.loads((tmp_path / "gpu.json").read_text())
+        rows = [row for model in found["models"] for row in model["rows"]]
+        reasons = [row["reason"] for row in rows if "reason" in row]
+        assert not [reason for reason in reasons if "cache-dit is not installed" not in reason], reasons
+        if wanted <= {row["method"] for row in rows}:
+            return
+    raise AssertionError(f"of {wanted} not all were run")
