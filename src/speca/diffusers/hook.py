@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -86,16 +87,17 @@ class _ControlNetHook(ModelHook):
     def __init__(self, is_drafted: Callable[[Any, Any], bool], time: Callable[..., Any]) -> None:
         super().__init__()
         self.is_drafted, self.time = is_drafted, time
-        self.kept: dict[int, Any] = {}  # by pipeline
+        self.kept: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by pipeline, its last outputs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         pipeline = calling_pipeline()
-        kept = self.kept.get(id(pipeline))
+        kept = None if pipeline is None else self.kept.get(pipeline)
         if kept is not None and self.is_drafted(pipeline, self.time(*args, **kwargs)):
             return kept
         out = self.fn_ref.original_forward(*args, **kwargs)
-        self.kept = {} if pipeline is None else {id(pipeline): out}
+        if pipeline is not None:
+            self.kept[pipeline] = out
         return out
 
 
