@@ -17,7 +17,7 @@ def play(
     density: float = 1.0,
 ) -> str:  # fmt: skip
     """Decisions of one sample whose drafts before step i turn out wrong by `estimates[i]` times their number cubed."""
-    r = Record(0, (0,), total=total, corrected=True, placement=placement, density=density)
+    r = Record(0, (0,), total=total, placement=placement, density=density)
     for step in range(total):
         r.step = step
         plan = planner.plan(r)
@@ -91,7 +91,7 @@ def test_placement_is_followed() -> None:
 def test_a_restart_begins_with_full_steps() -> None:
     """Also where the steps are placed: nothing is kept that a forecast could be made of."""
     for placement in (None, frozenset({0, 9})):
-        record = Record(0, (0,), step=4, total=12, corrected=True, placement=placement)
+        record = Record(0, (0,), step=4, total=12, placement=placement)
         record.anchors, record.fulls, record.streak = [1.0, 0.0], 2, 1
         planner = Planner(config(tolerance=0.0, speedup=3.0))
         assert placement is None or planner.plan(record) is Plan.DRAFT

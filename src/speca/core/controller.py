@@ -39,7 +39,6 @@ class Record:
         planned: steps until the next full step as planned from the last known error, 0 while no error is known.
         placement: the steps to compute in full where they were chosen beforehand, else None.
         density: exponent by which a budget is spread: 1 evenly, above 1 denser at the beginning.
-        corrected: whether corrections are computed, so that errors of drafts become known.
         error: error of the last checked draft since the last full step, None if there is none.
         anchors: indices of the kept full steps, newest first.
         steps: indices of the steps that the sample took part in; guidance may leave some out.
@@ -54,7 +53,6 @@ class Record:
     fulls: int = 0
     streak: int = 0
     planned: float = 0.0
-    corrected: bool = False
     placement: frozenset[int] | None = None
     density: float = 1.0
     period: int = 1

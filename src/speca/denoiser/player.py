@@ -179,7 +179,7 @@ class Player:
             change = self._correct(call, kept.corrector, records, rows, main)
             pending = kept.corrector.take(rows, self.transitions[call.step])
             for record in records:
-                record.corrected, record.density = True, self.density
+                record.density = self.density
         kept.corrector.add_full(rows, main, change)
         if kept.others is not None:
             kept.others.push(rows, streams[1:])
