@@ -21,9 +21,9 @@ from rich.table import Table
 
 import speca
 from speca.calibration import Calibration
-from speca.compare.compare import psnr, quantile
-from speca.compare.measure import example_call, generate, joined, run_once, split
 from speca.core.placement import place
+from speca.reports.comparison import psnr, quantile
+from speca.reports.measure import example_call, generate, joined, run_once, split
 from speca.sampler.scheduler import scheduler_response
 from speca.zoo import call_arguments, resolve
 

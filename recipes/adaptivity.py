@@ -29,12 +29,12 @@ from rich.table import Table
 import speca
 from speca.bench.signals import spearman
 from speca.calibration import Calibration
-from speca.compare.compare import psnr
-from speca.compare.measure import example_call, generate, joined, run_once, split
 from speca.core.correction import Corrector
 from speca.core.placement import expected, place
 from speca.core.prior import Array, Prior
 from speca.core.transition import Transition
+from speca.reports.comparison import psnr
+from speca.reports.measure import example_call, generate, joined, run_once, split
 from speca.sampler.scheduler import scheduler_response
 from speca.zoo import call_arguments, resolve
 

@@ -21,8 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 import speca
-from speca.compare.measure import example_call
 from speca.core import correction as core
+from speca.reports.measure import example_call
 from speca.sampler.scheduler import scheduler_response
 from speca.zoo import call_arguments, resolve
 

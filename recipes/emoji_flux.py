@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from training import commit, console, fit, half, pick, training_table
 
-from speca.compare import distance
+from speca.reports import distances
 from speca.zoo.classifier import Classifier
 
 LATENT = (16, 8, 8)
@@ -211,15 +211,15 @@ def score(
     sheet(images[:64], columns=8, zoom=2).save(out / "samples.png")
     (out / "samples.txt").write_text("\n".join(f"{e.names[0]}, {e.style}" for e in asked[:64]) + "\n")
     each = {n: round(float(agree[groups == k].mean()), 3) for k, n in enumerate(GROUPS) if (groups == k).any()}
-    reference = distance.features((held.rgb() + 1) / 2)
+    reference = distances.features((held.rgb() + 1) / 2)
     save_file({"features": reference.half()}, out / "reference.safetensors")
-    train = distance.features((data.rgb()[order[:count]] + 1) / 2)
-    made = distance.features((images.clamp(-1, 1) + 1) / 2)
+    train = distances.features((data.rgb()[order[:count]] + 1) / 2)
+    made = distances.features((images.clamp(-1, 1) + 1) / 2)
     return dict(
         samples=count, agreement=round(float(agree.mean()), 4), agreement_by_group=each,
-        kid=round(distance.kid(made, reference)[0], 4), kid_of_real=round(distance.kid(train, reference)[0], 4),
-        frechet=round(distance.frechet(made, reference), 2),
-        frechet_of_real=round(distance.frechet(train, reference), 2),
+        kid=round(distances.kid(made, reference)[0], 4), kid_of_real=round(distances.kid(train, reference)[0], 4),
+        frechet=round(distances.frechet(made, reference), 2),
+        frechet_of_real=round(distances.frechet(train, reference), 2),
     )  # fmt: skip
 
 

@@ -32,9 +32,9 @@ import typer
 from rich.progress import track
 
 import speca
-from speca.compare.measure import generate
 from speca.config import Config
 from speca.engine.scheduler import Lane, Scheduler
+from speca.reports.measure import generate
 from speca.zoo import resolve
 
 CAPS = (1, 2, 4, 8, 16, 32, 64)

@@ -24,8 +24,8 @@ import typer
 
 import speca
 from speca import zoo
-from speca.compare.measure import example_call, hardware
 from speca.engine import Engine
+from speca.reports.measure import example_call, hardware
 
 PICTURED = "emoji-flux"  # on clips the decoder's time leaves little to see
 BEGIN, END = "<!-- engine:begin -->", "<!-- engine:end -->"

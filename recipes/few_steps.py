@@ -22,8 +22,8 @@ from rich.table import Table
 
 from speca.bench.methods import fewer_steps, plain, solver, speca_with
 from speca.bench.setup import Apply, Call
-from speca.compare.compare import psnr, quantile
-from speca.compare.measure import Run, example_call, joined, run_once, split
+from speca.reports.comparison import psnr, quantile
+from speca.reports.measure import Run, example_call, joined, run_once, split
 from speca.zoo import call_arguments, resolve
 
 COUNTS = (4, 5, 6, 7, 9)

@@ -21,8 +21,8 @@ import typer
 from torch import Tensor
 
 import speca
-from speca.compare.compare import psnr, quantile
-from speca.compare.measure import example_call
+from speca.reports.comparison import psnr, quantile
+from speca.reports.measure import example_call
 from speca.zoo import call_arguments, load
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

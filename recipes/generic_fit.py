@@ -24,13 +24,13 @@ from rich.table import Table
 
 from speca import zoo
 from speca.calibration import Calibration
-from speca.compare.measure import example_call
+from speca.calibration.file import BESIDE
 from speca.core.correction import polynomial
 from speca.core.generic import PROCESS, VARIANCES, moments
 from speca.core.placement import expected, place
 from speca.core.prior import Prior
 from speca.core.transition import Transition
-from speca.denoiser.calibration import BESIDE
+from speca.reports.measure import example_call
 from speca.sampler.scheduler import scheduler_response
 
 COUNTS = (7, 10, 14)

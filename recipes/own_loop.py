@@ -25,8 +25,8 @@ from speca.bench.methods import scheduled
 from speca.bench.recording import TuningData, anneal, uniform_schedule
 from speca.bench.search import search
 from speca.calibration import Calibration
-from speca.compare.compare import psnr
-from speca.compare.measure import example_call
+from speca.reports.comparison import psnr
+from speca.reports.measure import example_call
 from speca.zoo import call_arguments, load
 
 MODEL, TUNING, GUIDANCE = "emoji-video", 600_000, 6.0

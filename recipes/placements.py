@@ -20,9 +20,9 @@ from rich.table import Table
 
 from speca import SpecaConfig
 from speca.calibration import Calibration
-from speca.compare.compare import psnr, quantile
-from speca.compare.measure import example_call, generate, joined, run_once, split
 from speca.core.placement import shortlist
+from speca.reports.comparison import psnr, quantile
+from speca.reports.measure import example_call, generate, joined, run_once, split
 from speca.sampler.scheduler import scheduler_response
 from speca.zoo import call_arguments, resolve
 

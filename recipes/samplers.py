@@ -25,8 +25,8 @@ from rich.table import Table
 from speca.bench.methods import fewer_steps, plain, scheduled, solver, speca_with
 from speca.bench.recording import uniform_schedule
 from speca.bench.setup import Call
-from speca.compare.compare import psnr, quantile
-from speca.compare.measure import Run, example_call, joined, run_once, split
+from speca.reports.comparison import psnr, quantile
+from speca.reports.measure import Run, example_call, joined, run_once, split
 from speca.zoo import call_arguments, resolve
 
 SAMPLERS = ("own", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")

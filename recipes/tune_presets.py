@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 import speca
-from speca.compare.compare import psnr, quantile
+from speca.reports.comparison import psnr, quantile
 from speca.zoo import resolve
 
 FIRST_SEED = 500_000

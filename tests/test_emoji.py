@@ -8,9 +8,9 @@ import torch
 import speca
 import tiny
 from speca import zoo
-from speca.compare.compare import psnr
-from speca.compare.measure import example_call
 from speca.config import PRESETS
+from speca.reports.comparison import psnr
+from speca.reports.measure import example_call
 
 SEEDS = [11, 12, 13]
 STEPS = 16

@@ -7,8 +7,8 @@ import torch
 
 import speca
 import tiny
-from speca.compare.compare import psnr, quantile
 from speca.config import PRESETS
+from speca.reports.comparison import psnr, quantile
 
 SEEDS = [11, 12, 13, 14]
 

@@ -9,11 +9,9 @@ print(speca.report(pipe))
 from typing import TYPE_CHECKING, Any
 
 from . import zoo
-from .calibration import Calibration
+from .calibration.file import Calibration
 from .config import PRESETS, SpecaConfig, VerifiedConfig
 from .denoiser.denoiser import Denoiser
-from .denoiser.report import Report, SampleReport
-from .diffusers.check import CheckReport, check
 from .diffusers.enable import disable, enable, enabled, report
 from .errors import (
     CancelledError,
@@ -24,6 +22,8 @@ from .errors import (
     SpecaError,
     UnsupportedModelError,
 )
+from .reports.check import CheckReport, check
+from .reports.report import Report, SampleReport
 
 if TYPE_CHECKING:
     from .calibration.calibrate import calibrate

@@ -13,8 +13,8 @@ import pytest
 import speca
 import tiny
 from speca.calibration import calibrate as calibrating
+from speca.calibration.file import Trial
 from speca.core.prior import Prior
-from speca.denoiser.calibration import Trial
 
 
 def call(case: tiny.Case, count: int) -> dict[str, Any]:

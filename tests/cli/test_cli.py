@@ -23,7 +23,7 @@ from speca import zoo
 from speca.cli import output
 from speca.cli.main import app
 from speca.cli.request import Request, class_numbers
-from speca.compare import compare, measure
+from speca.reports import comparison, measure
 
 NAMES = ("t-shirt", "trouser", "sneaker", "ankle boot")
 
@@ -156,7 +156,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(compare.Comparison, "grid", fail)
+    monkeypatch.setattr(comparison.Comparison, "grid", fail)
     (here / "kept").mkdir()
     for out in ("new/folder", "kept"):
         result = run("generate", shelf / "labelled", "--label", 0, "--steps", 4, "--compare", "--out", out)

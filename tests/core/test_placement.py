@@ -18,9 +18,9 @@ from speca.core.placement import LEAST, cheapest, expected, place, shortlist, wi
 from speca.core.prior import DEPTH, Prior
 from speca.core.transition import Transition, advance
 from speca.denoiser.branch import Branch
-from speca.denoiser.costs import Costs
 from speca.denoiser.executor import Executor
 from speca.denoiser.player import Call, Player
+from speca.reports.costs import Costs
 
 STEPS, SAMPLES, SIZE = 12, 6, 40
 

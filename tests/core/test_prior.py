@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from speca import ConfigError
-from speca.core.forecast import newton
 from speca.core.prior import Prior
+from speca.verified.forecasters import newton
 
 STEPS = 20
 AXIS = tuple(1 - i / STEPS for i in range(STEPS))

@@ -1,4 +1,4 @@
-"""Rows of a call: which inputs belong to them, uneven rows, selection, and calls put together."""
+"""Rows of a call: which inputs belong to them, selection, and calls put together."""
 
 from __future__ import annotations
 
@@ -30,16 +30,7 @@ def test_owners_tell_coincidences_apart() -> None:
     assert rowwise.owners(arguments, 1) is None
 
 
-def test_weights_count_masks_lengths_and_list_items() -> None:
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    assert rowwise.weights(dict(x=torch.randn(2, 4), mask=mask), 2) == [3, 1]
-    assert rowwise.weights(
-        dict(x=torch.randn(2, 4), text_lens=torch.tensor([6, 4]), labels=torch.tensor([9, 1])), 2
-    ) == [6, 4]
-    assert rowwise.weights(dict(x=[torch.ones(2, 3), torch.ones(1, 3)]), 2) == [6, 3]
-
-
-def test_select_and_merge_are_inverse() -> None:
+def test_select_takes_what_belongs_to_rows() -> None:
     arguments = dict(
         x=torch.randn(4, 2, 3), ids=torch.randn(6, 3), img_ids=torch.randn(4, 3),
         extra=dict(mask=torch.randn(4, 5), scale=0.5), layers=[torch.randn(4, 2)] * 2, sizes=[1, 2, 3, 4],
@@ -51,11 +42,6 @@ def test_select_and_merge_are_inverse() -> None:
     assert [v.shape for v in part["layers"]] == [(2, 2), (2, 2)]
     whole = rowwise.select(arguments, range(4), 4)
     assert whole["x"] is arguments["x"] and whole["extra"] is not arguments["extra"]
-    y = torch.randn(4, 7)
-    merged = rowwise.merge([([0, 2], (y[[0, 2]],)), ([1, 3], (y[[1, 3]],))], 4)
-    assert torch.equal(merged[0], y)
-    later = rowwise.merge([(range(4), (y,)), ([3], (torch.zeros(1, 7),))], 4)
-    assert torch.equal(later[0][:3], y[:3]) and not later[0][3].any()
 
 
 def test_an_invocation_hands_arguments_on_by_name() -> None:
@@ -69,10 +55,6 @@ def test_an_invocation_hands_arguments_on_by_name() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ calls put together
-def token(tensor: torch.Tensor) -> object:
-    return tuple(tensor.flatten().tolist())
-
-
 def a_call(rows: int, seed: int, **changes: object) -> dict[str, object]:
     """A call with inputs of every kind."""
     draw = torch.Generator().manual_seed(seed)
@@ -105,18 +87,6 @@ def test_select_takes_calls_apart_as_they_were_before_join() -> None:
         part = rowwise.select(joined, range(start, start + count), 7)
         part["image_rotary_emb"] = call["image_rotary_emb"]  # shared, whatever its length
         assert same(part, call)
-
-
-def test_a_signature_is_equal_for_what_can_be_joined_and_for_nothing_else() -> None:
-    plain = rowwise.signature(a_call(1, 0), 1, token)
-    assert plain == rowwise.signature(a_call(1, 5), 1, token)
-    others = [
-        dict(img_ids=torch.arange(12.0).view(4, 3) + 1), dict(guidance=4.0), dict(nothing=1), dict(return_dict=True),
-        dict(hidden_states=torch.randn(1, 5, 6)), dict(hidden_states=torch.randn(1, 4, 6).double()),
-        dict(shapes=[[(1, 2, 8)]]), dict(options={"adapter": torch.randn(1, 2), "scale": 0.5}), dict(options={}),
-    ]  # fmt: skip
-    found = [rowwise.signature(a_call(1, 0, **changes), 1, token) for changes in others]
-    assert plain not in found and len(set(found)) == len(found)
 
 
 def test_split_undoes_join_for_outputs_of_every_structure() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.mixes import CLOSE, decisions, distance, mix
 from speca.engine import Engine, Result
 from speca.engine.components import Call, Components, adopt
-from speca.engine.packing import Tokens
+from speca.engine.signature import Tokens
 from speca.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers

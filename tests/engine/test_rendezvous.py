@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from speca.engine.packing import Tokens
 from speca.engine.rendezvous import Rendezvous
+from speca.engine.signature import Tokens
 
 
 def test_answers_reach_who_asked_and_ends_are_told() -> None:

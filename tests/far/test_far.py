@@ -17,8 +17,8 @@ from far import device
 from far.device import Far, move
 from pipelines.cases import RECIPES
 from speca import zoo
-from speca.compare import compare
 from speca.engine import Engine
+from speca.reports import comparison
 from speca.sampler import scheduler
 
 SEEDS = [3, 8]
@@ -210,7 +210,7 @@ def test_a_model_is_calibrated_and_compared_there() -> None:
     pipe.set_progress_bar_config(disable=True)
     call = dict(class_labels=[0, 1, 2, 3], num_inference_steps=12)
     found = speca.calibrate(pipe, call, target_psnr=20.0, samples=2, confidence=0.6, batch=2)
-    made = compare.compare(pipe, {**call, "class_labels": [4, 5]}, [0, 1], batch=2, calibration=found)
+    made = comparison.compare(pipe, {**call, "class_labels": [4, 5]}, [0, 1], batch=2, calibration=found)
     assert 1.2 < found.speedup < 12
     assert made.report.flops_speedup == pytest.approx(found.speedup, rel=0.1)
     assert min(made.psnr) > 12 and made.full.hardware["device"] == "far"

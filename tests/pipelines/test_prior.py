@@ -13,9 +13,9 @@ import torch
 import speca
 import tiny
 from pipelines.cases import RECIPES
+from speca.calibration.file import BESIDE
 from speca.calibration.recording import record
 from speca.core.prior import Prior
-from speca.denoiser.calibration import BESIDE
 from speca.zoo import load
 
 STEPS = 16

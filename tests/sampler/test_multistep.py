@@ -96,9 +96,9 @@ def test_what_outputs_are_made_of_is_read_off(case: str, parts: Any) -> None:
         assert t.jacobian == pytest.approx(0 if t.inert else sum(t.parts) / t.size, abs=1e-3)
 
 
-def far_off(nodes: Sequence[float], target: float) -> list[float]:
+def far_off(nodes: Sequence[float], targets: Sequence[float]) -> list[list[float]]:
     """Forecast weights in the place of `extrapolation`: minus twice the output of the last full step."""
-    return [-2.0, *(0.0 for _ in nodes[1:])]
+    return [[-2.0, *(0.0 for _ in nodes[1:])] for _ in targets]
 
 
 @pytest.mark.parametrize("forecast", [player.extrapolation, far_off], ids=["lines", "far off"])

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..compare.compare import psnr
-from ..compare.measure import Run, joined, run_once, split, ticking
 from ..diffusers.components import denoisers_of
+from ..reports.comparison import psnr
+from ..reports.measure import Run, joined, run_once, split, ticking
 from .setup import Apply, Setup
 
 WARM_STEPS = 8

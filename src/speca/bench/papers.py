@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compare.measure import hardware, run_once, ticking
 from ..errors import InputError, nearest
+from ..reports.measure import hardware, run_once, ticking
 from .field import chosen
 from .measure import counted
 from .methods import Method

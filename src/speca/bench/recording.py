@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compare.measure import run_once, split
 from ..core.transition import Transition, advance
 from ..errors import InputError
+from ..reports.measure import run_once, split
 from ..sampler.scheduler import scheduler_response
 from .setup import Call
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compare.measure import run_once
 from ..errors import InputError
+from ..reports.measure import run_once
 from .setup import Apply, Call, Setup
 
 Build = Callable[[Any, Call, Any], Any]

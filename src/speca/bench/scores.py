@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compare.measure import example_call, makes_clips, moving_prompt
 from ..errors import InputError
+from ..reports.measure import example_call, makes_clips, moving_prompt
 from .pareto import SPEEDS
 
 NEAR = math.log(1.15)
@@ -106,7 +106,7 @@ class Judge:
         return out
 
     def _taken(self, images: Tensor) -> Tensor:
-        from ..compare.distance import features
+        from ..reports.distances import features
 
         with contextlib.redirect_stdout(io.StringIO()):  # its package prints that it has loaded
             return features(stills(images))
@@ -115,7 +115,7 @@ class Judge:
         """Return KID to real pictures and to full runs, and the feature distance of each sample to its own full run."""
         if not len(taken) or self._full is None:
             return {}
-        from ..compare.distance import kid
+        from ..reports.distances import kid
 
         full, out = self._full[1], {}
         size = min(50, len(taken))

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compare.measure import run_once
 from ..config import SpecaConfig, VerifiedConfig
 from ..core.controller import ACCEPTED, Plan, Planner, Record
 from ..diffusers.enable import accelerators_of, enabled
 from ..errors import InputError
+from ..reports.measure import run_once
 from ..sampler.scheduler import scheduler_response
 from ..verified.gate import block_lists
 from ..verified.rules import ScheduleRule

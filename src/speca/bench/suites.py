@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..compare.measure import Run, hardware, run_once, ticking
 from ..diffusers.components import denoisers_of
 from ..errors import InputError, nearest
+from ..reports.measure import Run, hardware, run_once, ticking
 from .field import chosen
 from .measure import Cost, full_steps, quality, timed, weighed
 from .methods import Method

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..compare.compare import psnr, quantile
-from ..compare.measure import example_call, split
 from ..config import SpecaConfig
 from ..core.placement import LEAST, place, shortlist, with_placements
 from ..core.prior import Prior
-from ..denoiser.calibration import Calibration, Trial
 from ..denoiser.denoiser import Denoiser
 from ..errors import InputError
+from ..reports.comparison import psnr, quantile
+from ..reports.measure import example_call, split
+from .file import Calibration, Trial
 from .recording import Recording
 from .subject import Generate, LoopSubject, PipelineSubject, Subject
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..compare.measure import run_once, split
 from ..core.prior import Prior
 from ..core.transition import Transition
 from ..diffusers.enable import disable
 from ..errors import InputError
+from ..reports.measure import run_once, split
 from ..sampler.scheduler import scheduler_response
 
 if TYPE_CHECKING:

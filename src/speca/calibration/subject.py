@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ..compare.measure import generate, joined, run_once, split
 from ..config import SpecaConfig
 from ..core.prior import Prior
 from ..denoiser.denoiser import Denoiser
-from ..denoiser.report import Report
 from ..diffusers.companions import bare
 from ..diffusers.components import denoisers_of
 from ..errors import InputError
+from ..reports.measure import generate, joined, run_once, split
+from ..reports.report import Report
 from .recording import Recording, record
 
 if TYPE_CHECKING:

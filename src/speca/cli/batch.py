@@ -47,9 +47,9 @@ def batch(
     Exit code 1: a line failed; the images of the other lines are written, and the next run tries the failed line again.
     """
     from .. import zoo
-    from ..compare.measure import hardware
     from ..engine import Engine
     from ..engine.offline import Folder, read_lines
+    from ..reports.measure import hardware
     from . import output, request
 
     config = request.configuration(preset, settings or [])

@@ -29,7 +29,7 @@ def calibrate(
     from .. import zoo
     from ..calibration.calibrate import FRESH_SEED, TUNING_SEED
     from ..calibration.calibrate import calibrate as run
-    from ..compare.measure import example_call
+    from ..reports.measure import example_call
     from . import request
 
     request.at_least(1, threads=threads, samples=samples, batch=batch)

@@ -133,8 +133,8 @@ def generate(
     with output.folder(out) as place:
         pipe = request.load(model, dtype, device, threads)
         call, captions = asked.call(pipe)
-        from ..compare.compare import compare as run_both
-        from ..compare.measure import generate as run_fast
+        from ..reports.comparison import compare as run_both
+        from ..reports.measure import generate as run_fast
 
         work = (pipe, call, asked.seeds, config)
         with output.progress(model, quiet=as_json) as ticker:

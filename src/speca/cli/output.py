@@ -18,9 +18,9 @@ from rich.table import Table
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from ..compare.compare import Comparison
-    from ..compare.measure import Run, Ticker
-    from ..diffusers.check import CheckReport
+    from ..reports.check import CheckReport
+    from ..reports.comparison import Comparison
+    from ..reports.measure import Run, Ticker
     from ..zoo import ModelCard
 
 Row = tuple[str, str]  # name and value
@@ -97,7 +97,7 @@ def write_comparison(result: Comparison, place: Path) -> tuple[dict[str, Any], l
 
 
 def _write_pictures(run: Run, place: Path, captions: Sequence[str]) -> None:
-    from ..compare.grid import contact_sheet, save_png, save_webp
+    from ..reports.pictures import contact_sheet, save_png, save_webp
 
     video = run.images.ndim == 5
     for index, image in enumerate(run.images):
@@ -203,7 +203,7 @@ def run_rows(run: Run) -> list[Row]:
 
 def comparison_rows(result: Comparison) -> list[Row]:
     """What acceleration saved and cost, for `show`."""
-    from ..compare.compare import decibels
+    from ..reports.comparison import decibels
 
     figures = result.to_dict()
     full, speca = result.full, result.speca

@@ -17,7 +17,7 @@ from ..errors import ConfigError, InputError, SpecaError, nearest
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ..diffusers.check import CheckReport
+    from ..reports.check import CheckReport
 
 LISTED = 20  # more valid names than this are not spelt out in a message
 
@@ -212,7 +212,7 @@ def _device(name: str | None) -> str:
 def examine(pipe: DiffusionPipeline, model: str, config: Config) -> tuple[CheckReport, str]:
     """What `speca.check` finds in one short call of the pipeline, and that call in words."""
     from .. import check
-    from ..compare.measure import ticking
+    from ..reports.measure import ticking
 
     call = _short_call(pipe) | zoo.call_arguments(model)
     words = f"{type(pipe).__name__}({', '.join(f'{name}={value!r}' for name, value in call.items())})"

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .forecast import lagrange
 from .history import History, on_device
 from .transition import Transition, advance
 
@@ -47,6 +46,21 @@ class Draft(NamedTuple):
 
 Interpolation = Callable[[Sequence[float], Sequence[float]], Sequence[Sequence[float]]]
 """From K steps with known outputs and n target steps to weights (n, K) that estimate the targets' outputs."""
+
+
+def lagrange(nodes: Sequence[float], target: float) -> list[float]:
+    """Return the weights of the values at `nodes` in the value at `target` of the polynomial through all of them.
+
+    `F(t) = sum_k F_k prod_{m != k} (t - t_m) / (t_k - t_m)`: Newton's form gives the same.
+    """
+    weights = []
+    for k, node in enumerate(nodes):
+        weight = 1.0
+        for m, other in enumerate(nodes):
+            if m != k:
+                weight *= (target - other) / (node - other)
+        weights.append(weight)
+    return weights
 
 
 def polynomial(nodes: Sequence[float], targets: Sequence[float]) -> Sequence[Sequence[float]]:

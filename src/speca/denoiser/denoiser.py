@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.file import Calibration, known_from
 from ..config import SpecaConfig
 from ..core.prior import Prior
 from ..errors import ConfigError, InputError, NotEnabledError, nearest
+from ..reports.report import Report
 from ..sampler.function import Prediction, Sampler, broadcast, from_output, function_response, to_output
 from ..sampler.response import Response
 from ..sampler.scheduler import scheduler_response
-from .calibration import Calibration, known_from
 from .partial import PartialCalls
-from .report import Report
 from .rows import Invocation
 from .run import Run
 

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from ..core.controller import ACCEPTED, FULL, Plan, Planner, Record, rows_of, worst
-from ..core.correction import TRUST, Corrector, polynomial, quadrature
-from ..core.forecast import lagrange
+from ..core.correction import TRUST, Corrector, Interpolation, polynomial, quadrature
 from ..core.history import History, on_device
 from ..core.prior import DEPTH, Prior
 from ..core.transition import Transition
 from ..errors import UnsupportedModelError
+from ..reports.costs import Costs
 from .branch import Branch
-from .costs import Costs
 from .executor import Executor
 from .outputs import OutputForm
 
@@ -32,8 +31,7 @@ FLOW_DENSITY = 1.75
 STRAIGHT = 1e-3
 """A sampler whose Jacobians are smaller than this is that of a flow."""
 
-
-extrapolation = lagrange
+extrapolation: Interpolation = polynomial
 """Without a prior, the polynomial through the kept outputs forecasts the next ones."""
 
 
@@ -154,14 +152,15 @@ class Player:
                 main = main + pending
         return [main, *others]
 
-    def _weights(self, records: Sequence[Record], rows: Sequence[int], step: int) -> list[list[float]]:
+    def _weights(self, records: Sequence[Record], rows: Sequence[int], step: int) -> list[Sequence[float]]:
         """Forecast weights (n, K) of each row's own full steps, newest first; rows with equal pasts share them."""
-        of: dict[tuple[float, ...], list[float]] = {}
-        by_row: dict[int, list[float]] = {}
+        of: dict[tuple[float, ...], Sequence[float]] = {}
+        by_row: dict[int, Sequence[float]] = {}
         for record in records:
             past = tuple(record.anchors)
             if past not in of:
-                of[past] = extrapolation(past, step) if self.prior is None else self.prior.rule(past, [step])[0]
+                rule = extrapolation if self.prior is None else self.prior.rule
+                of[past] = rule(past, [step])[0]
             by_row |= dict.fromkeys(record.rows, of[past])
         return [by_row[row] for row in rows]
 

@@ -1,4 +1,4 @@
-"""Rows of a call: which of its inputs belong to rows, and how rows are selected, put together and merged.
+"""Rows of a call: which of its inputs belong to rows, how some are selected, and how calls become one and are undone.
 
 B is the number of rows of a call, n of a selection. Inputs whose first dimension is B, and lists of length B, belong to
 rows; everything else (position ids, sizes, dictionaries of options) is shared by all rows. What shapes cannot tell is
@@ -8,7 +8,7 @@ in `arguments.py`. With B = 1 there is nothing to select.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ def select(arguments: dict[str, Any], rows: Sequence[int], total: int) -> dict[s
     """Return the arguments of a call for `rows` only. All rows in order: the very same tensors, in fresh containers."""
     if list(rows) == list(range(total)):
         return {name: _fresh(value) for name, value in arguments.items()}
-    listed = _takes_lists(arguments)
+    listed = takes_lists(arguments)
     return {n: _select(v, rows, total, listed, ROW_DIMENSIONS.get(n, 0)) for n, v in arguments.items()}
 
 
@@ -63,34 +63,11 @@ def owners(arguments: dict[str, Any], total: int) -> object:
     that give the same. None with one row, where nothing is taken apart."""
     if total == 1:
         return None
-    listed = _takes_lists(arguments)
+    listed = takes_lists(arguments)
     return tuple((n, _owners(v, total, listed, ROW_DIMENSIONS.get(n, 0))) for n, v in arguments.items())
 
 
-def weights(arguments: dict[str, Any], total: int) -> list[float]:
-    """Return how much of the inputs each row uses: ones in its masks, numbers in its list items, its given lengths.
-
-    Rows of different weight may be ragged: alone, such a row can have fewer tokens than in its batch.
-    """
-    found = [0.0] * total
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == total and ROW_DIMENSIONS.get(name, 0) == 0:
-            if _is_mask(name, value):
-                used = value.count_nonzero(1) if value.dim() > 1 else value
-                found = [w + u for w, u in zip(found, used.tolist(), strict=True)]
-        elif isinstance(value, (list, tuple)) and len(value) == total and all(isinstance(v, Tensor) for v in value):
-            found = [w + v.numel() for w, v in zip(found, value, strict=True)]
-    return found
-
-
-def _is_mask(name: str, value: Tensor) -> bool:
-    """A mask (B, L) of zeros and ones, or the lengths of rows (B,)."""
-    if value.dim() == 1:
-        return "len" in name
-    return value.dim() == 2 and bool(((value == 0) | (value == 1)).all())
-
-
-def _takes_lists(arguments: dict[str, Any]) -> bool:
+def takes_lists(arguments: dict[str, Any]) -> bool:
     return isinstance(next(iter(arguments.values())), (list, tuple))
 
 
@@ -105,13 +82,13 @@ def _select(value: Any, rows: Sequence[int], total: int, listed: bool, dim: int 
     if dim is None:
         return _fresh(value)
     if isinstance(value, Tensor):
-        if _owned(value, total, dim):
+        if owned(value, total, dim):
             return value.index_select(dim, on_device(rows, value.device))
         return value
     if isinstance(value, dict):
         return {k: _select(v, rows, total, listed, dim) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        per_row = _one_each(value, total, listed)
+        per_row = one_each(value, total, listed)
         picked = [value[i] for i in rows] if per_row else [_select(v, rows, total, listed, dim) for v in value]
         return picked if isinstance(value, list) else tuple(picked)
     return value
@@ -121,19 +98,19 @@ def _owners(value: Any, total: int, listed: bool, dim: int | None) -> object:
     if dim is None:
         return "shared"
     if isinstance(value, Tensor):
-        return dim if _owned(value, total, dim) else "shared"
+        return dim if owned(value, total, dim) else "shared"
     if isinstance(value, dict):
         return tuple((k, _owners(v, total, listed, dim)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return "items" if _one_each(value, total, listed) else tuple(_owners(v, total, listed, dim) for v in value)
+        return "items" if one_each(value, total, listed) else tuple(_owners(v, total, listed, dim) for v in value)
     return "shared"
 
 
-def _owned(value: Tensor, total: int, dim: int) -> bool:
+def owned(value: Tensor, total: int, dim: int) -> bool:
     return value.dim() > dim and value.shape[dim] == total
 
 
-def _one_each(value: Sequence[Any], total: int, listed: bool) -> bool:
+def one_each(value: Sequence[Any], total: int, listed: bool) -> bool:
     """Whether a list holds one item per row. Unless samples come as lists, B batched tensors are one per layer, and a
     tuple of tensors is a group such as cosine and sine."""
     if len(value) != total or listed:
@@ -144,31 +121,12 @@ def _one_each(value: Sequence[Any], total: int, listed: bool) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ calls put together
-def content(tensor: Tensor) -> bytes:
-    """Return the numbers of a tensor as bytes, read from its device."""
-    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-Token = Callable[[Tensor], Hashable]
-
-
-def signature(arguments: dict[str, Any], total: int, token: Token) -> Hashable:
-    """Return what has to be equal in calls that `join` may put together: all but the numbers that belong to rows.
-
-    Args:
-        arguments: of a call of `total` rows.
-        token: equal for shared tensors of equal content, such as position ids.
-    """
-    listed = _takes_lists(arguments)
-    return tuple((n, _signature(v, total, listed, ROW_DIMENSIONS.get(n, 0), token)) for n, v in arguments.items())
-
-
 def join(calls: Sequence[dict[str, Any]], totals: Sequence[int]) -> dict[str, Any]:
     """Return one call of all the rows of calls of equal `signature`; what they share is that of the first.
 
     `select` undoes it for inputs, `split` for outputs.
     """
-    listed = _takes_lists(calls[0])
+    listed = takes_lists(calls[0])
     return {n: _join([c[n] for c in calls], totals, listed, ROW_DIMENSIONS.get(n, 0)) for n in calls[0]}
 
 
@@ -191,70 +149,16 @@ def split(out: Any, totals: Sequence[int]) -> list[Any]:
     return [out] * len(totals)
 
 
-def _signature(value: Any, total: int, listed: bool, dim: int | None, token: Token) -> Hashable:
-    if isinstance(value, Tensor):
-        if dim is None or not _owned(value, total, dim):
-            return "shared", token(value)
-        return dim, (*value.shape[:dim], *value.shape[dim + 1 :]), value.dtype, value.device
-    if isinstance(value, dict):
-        return tuple((k, _signature(v, total, listed, dim, token)) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        if dim is not None and _one_each(value, total, listed):  # items, which need not be all alike
-            kinds = {(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else repr(v) for v in value}
-            return "items", type(value), frozenset(kinds)
-        return type(value), tuple(_signature(v, total, listed, dim, token) for v in value)
-    return type(value), value if isinstance(value, Hashable) else id(value)
-
-
 def _join(values: Sequence[Any], totals: Sequence[int], listed: bool, dim: int | None) -> Any:
     first = values[0]
     if dim is None:
         return _fresh(first)
     if isinstance(first, Tensor):
-        return torch.cat(list(values), dim) if _owned(first, totals[0], dim) else first
+        return torch.cat(list(values), dim) if owned(first, totals[0], dim) else first
     if isinstance(first, dict):
         return {k: _join([v[k] for v in values], totals, listed, dim) for k in first}
     if isinstance(first, (list, tuple)):
-        if _one_each(first, totals[0], listed):
+        if one_each(first, totals[0], listed):
             return type(first)(item for value in values for item in value)
         return type(first)(_join(column, totals, listed, dim) for column in zip(*values, strict=True))
     return first
-
-
-# ------------------------------------------------------------------------------------------------ outputs
-def merge(parts: Sequence[tuple[Sequence[int], Any]], total: int) -> Any:
-    """Return one output of `total` rows from parts `(rows, output)`; later parts win where rows overlap."""
-    first_rows, first = parts[0]
-    if len(parts) == 1 and list(first_rows) == list(range(total)):
-        return first
-    return _merge(parts, total)
-
-
-def _merge(parts: Sequence[tuple[Sequence[int], Any]], total: int) -> Any:
-    first = parts[0][1]
-    if isinstance(first, Tensor):
-        return _merge_tensors(parts, total)
-    if isinstance(first, dict):  # includes diffusers' BaseOutput
-        return type(first)(**{k: _merge([(rows, out[k]) for rows, out in parts], total) for k in first})
-    if isinstance(first, list) and len(first) == len(parts[0][0]):
-        items: list[Any] = [None] * total
-        for rows, out in parts:
-            for row, item in zip(rows, out, strict=True):
-                items[row] = item
-        return items
-    if isinstance(first, (list, tuple)):
-        columns = [_merge([(rows, out[k]) for rows, out in parts], total) for k in range(len(first))]
-        return columns if isinstance(first, list) else tuple(columns)
-    return first
-
-
-def _merge_tensors(parts: Sequence[tuple[Sequence[int], Tensor]], total: int) -> Tensor:
-    rows, first = parts[0]
-    fold, rest = divmod(first.shape[0], len(rows))
-    if rest or not fold:
-        raise UnsupportedModelError(f"an output of shape {tuple(first.shape)} cannot be split into {len(rows)} rows.")
-    merged = first.new_empty((total, fold, *first.shape[1:]))
-    for rows, out in parts:
-        part = out.reshape(len(rows), fold, *out.shape[1:])
-        merged.index_copy_(0, on_device(rows, out.device), part)
-    return merged.flatten(0, 1)

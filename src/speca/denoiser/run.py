@@ -12,12 +12,12 @@ from ..core.generic import FEW, generic
 from ..core.placement import cheapest, place
 from ..core.prior import Prior
 from ..errors import NotEnabledError
+from ..reports.costs import Costs
+from ..reports.report import Report, SampleReport
 from ..sampler.response import Response
 from .branch import Branch
-from .costs import Costs
 from .executor import Executor
 from .player import Call, Player
-from .report import Report, SampleReport
 
 
 class Run:

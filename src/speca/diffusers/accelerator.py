@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..calibration.file import Calibration
 from ..config import UNPLANNED, Config, VerifiedConfig
 from ..core.controller import Plan, Planner
 from ..core.prior import Prior
 from ..denoiser.arguments import CACHE_ARGUMENTS, PACKED, argument, kind_of, sample_name, time_name
 from ..denoiser.branch import Branch
-from ..denoiser.calibration import Calibration
 from ..denoiser.executor import Evaluation
 from ..denoiser.partial import PartialCalls
-from ..denoiser.report import Report
 from ..denoiser.rows import Invocation, batch_size
 from ..denoiser.run import Run
 from ..errors import NotEnabledError
+from ..reports.report import Report
 from ..verified.drafts import VerifiedDrafts
 from .caller import Caller
 from .companions import bare, foreign_cache, is_compiled, is_compiled_above, is_wrapped_by, learns_order

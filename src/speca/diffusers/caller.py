@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..calibration.file import Calibration
 from ..config import Config, SpecaConfig
 from ..core.controller import Planner
 from ..core.prior import Prior
 from ..denoiser.branch import Branch
-from ..denoiser.calibration import Calibration
-from ..denoiser.costs import Costs
 from ..denoiser.executor import Executor
-from ..denoiser.report import Report
 from ..denoiser.run import Run, report_of
+from ..reports.costs import Costs
+from ..reports.report import Report
 from ..sampler.response import Response
 from ..sampler.scheduler import scheduler_response
 from .branches import Branches

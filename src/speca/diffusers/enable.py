@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..calibration.file import Calibration, known_from
 from ..config import MIN_STEPS, Config, SpecaConfig, VerifiedConfig
 from ..core.prior import Prior
-from ..denoiser.calibration import Calibration, known_from
-from ..denoiser.report import Report
 from ..errors import ConfigError, NotEnabledError, UnsupportedModelError
+from ..reports.report import Report
 from ..verified.gate import block_lists, demand_free
 from .accelerator import ATTRIBUTE, Accelerator
 from .companions import bare, demand_alone, hookable, plain_copy

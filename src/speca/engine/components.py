@@ -19,8 +19,8 @@ from ..denoiser import rows as rowwise
 from ..denoiser.outputs import tensors
 from ..denoiser.partial import close
 from .activations import Peak
-from .packing import Tokens
 from .rendezvous import Chance
+from .signature import Tokens, signature
 
 ENTRIES = ("forward", "encode", "decode")
 """What pipelines call of a component; whatever else they call runs in place."""
@@ -82,8 +82,7 @@ class Components:
         """Equal for calls that can be one; None for one that has to run alone."""
         if not call.rows:
             return None
-        signature = rowwise.signature(call.arguments, call.rows, self.tokens)
-        name = id(call.module), call.entry, signature
+        name = id(call.module), call.entry, signature(call.arguments, call.rows, self.tokens)
         return name if self._together.get(name, True) else None
 
     def run(self, calls: Sequence[Call]) -> list[Any]:

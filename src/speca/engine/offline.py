@@ -119,7 +119,7 @@ class Folder:
         self._append(entry)
 
     def _write(self, sample: torch.Tensor, number: int, index: int | None) -> str:
-        from ..compare.grid import save_png, save_webp
+        from ..reports.pictures import save_png, save_webp
 
         video = sample.ndim == 4
         stem = f"{number:06d}" + ("" if index is None else f"-{index}")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..denoiser import rows as rowwise
 from ..denoiser.executor import Evaluation
@@ -19,23 +17,7 @@ from ..denoiser.rows import Invocation
 from ..verified.evaluation import GatedEvaluation, Passed
 from ..verified.gate import Mode
 from ..verified.probe import discover
-
-
-class Tokens:
-    """Equal for tensors of equal content. A tensor is read once, when it is first seen."""
-
-    def __init__(self) -> None:
-        self._seen: Any = WeakTensorKeyDictionary()
-
-    def __call__(self, tensor: Tensor) -> Hashable:
-        """Of a tensor that calls share, such as position ids."""
-        version = None if tensor.is_inference() else tensor._version
-        kept = self._seen.get(tensor)
-        if kept is None or kept[0] != version:
-            digest = hashlib.blake2b(rowwise.content(tensor), digest_size=16).digest()
-            kept = self._seen[tensor] = version, (tensor.shape, tensor.dtype, tensor.device, digest)
-        token: Hashable = kept[1]
-        return token
+from .signature import Tokens, form_of, signature
 
 
 class Packer:
@@ -53,7 +35,7 @@ class Packer:
 
     def bucket(self, asked: Evaluation) -> Hashable | None:
         """Return a name that is equal for evaluations that can be one; None for one that has to run alone."""
-        same = rowwise.signature(asked.arguments, asked.rows, self.tokens)
+        same = signature(asked.arguments, asked.rows, self.tokens)
         if not isinstance(asked, GatedEvaluation):
             return (asked.kind, same) if self._test(same, asked) else None
         learnt = asked.finding.learnt
@@ -68,7 +50,7 @@ class Packer:
         A kind is everything but the content of what rows share, so that a timestep that all rows share does not
         make a kind of every step.
         """
-        kind = asked.kind, rowwise.signature(asked.arguments, asked.rows, _form)
+        kind = asked.kind, signature(asked.arguments, asked.rows, form_of)
         if kind in self._joined:
             return self._joined[kind]
         of, other = self._first.setdefault(kind, (same, asked))
@@ -133,11 +115,6 @@ class Packer:
         forecasts = zip(*[a.forecast for a in asked if isinstance(a, GatedEvaluation)], strict=True)
         forecast = tuple(torch.cat(streams) for streams in forecasts)
         return dataclasses.replace(first, invocation=call, rows=sum(counts), forecast=forecast)
-
-
-def _form(tensor: Tensor) -> Hashable:
-    """Of a tensor that calls share, all but its content."""
-    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _tensors_of(asked: Evaluation, parts: Sequence[int] = ()) -> list[list[Tensor]] | None:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ..denoiser.executor import Executor
-from ..denoiser.report import Report
 from ..diffusers.accelerator import Accelerator
 from ..diffusers.caller import Caller
 from ..errors import NotEnabledError
+from ..reports.report import Report
 from .preview import watch
 from .rendezvous import Chance
 from .request import Future

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 
 from ..config import Config, SpecaConfig
-from ..denoiser.report import Report
 from ..errors import InputError, nearest
+from ..reports.report import Report
 
 SETTINGS = ("preset", "tolerance", "speedup", "threshold", "settings")
 OWN = (*SETTINGS, "generator_seed", "scheduler", "priority", "deadline", "preview", "id")

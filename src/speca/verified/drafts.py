@@ -9,13 +9,14 @@ from torch import nn
 from ..config import VerifiedConfig
 from ..denoiser.arguments import PACKED
 from ..denoiser.branch import Branch
-from ..denoiser.rows import Invocation, join, owners, split, weights
+from ..denoiser.rows import Invocation, join, owners, split
 from ..denoiser.run import Run
 from ..errors import ConfigError
 from .evaluation import rows_first
 from .gate import Gate
 from .player import VerifiedPlayer, Work
 from .probe import Discovery, discover, scaled
+from .rows import weights
 from .rules import Rule, rule
 
 UNKNOWN = Discovery(False, "not tested yet")

@@ -16,19 +16,19 @@ from torch import Tensor
 
 from ..config import VerifiedConfig
 from ..core.controller import ACCEPTED, FULL, REJECTED, Plan, Record, rows_of, worst
-from ..core.forecast import forecaster
 from ..core.history import History
-from ..denoiser import rows as rowwise
 from ..denoiser.branch import Branch
-from ..denoiser.costs import Costs
 from ..denoiser.executor import Executor
 from ..denoiser.rows import Invocation
 from ..errors import UnsupportedModelError
+from ..reports.costs import Costs
 from . import layouts
 from .errors import error_function
 from .evaluation import GatedEvaluation, Passed
+from .forecasters import forecaster
 from .gate import Gate, Mode
 from .probe import Discovery
+from .rows import merge
 from .rules import Rule
 from .shards import total_of
 
@@ -132,7 +132,7 @@ class VerifiedPlayer:
         self._count(plans, full, work, self.executor.now() - began)
         if work.step == work.total - 1:
             branch.forget()  # nothing is forecast after the last step
-        return rowwise.merge(parts, branch.rows)
+        return merge(parts, branch.rows)
 
     def record(self, work: Work, records: Sequence[Record], features: Sequence[Tensor]) -> None:
         """Record the features (n, ...) of a full forward over the rows of `records` as their newest full step."""
@@ -170,7 +170,7 @@ class VerifiedPlayer:
             out, error = self._draft_rows(work, drafted, weights, mode)
             outputs.append((part, out))
             errors += [] if error is None else [error]
-        return rowwise.merge(outputs, len(rows)), errors
+        return merge(outputs, len(rows)), errors
 
     def _draft_rows(self, work: Work, rows: list[int], weights: Tensor, mode: Mode) -> tuple[Any, Tensor | None]:
         """Run one draft of `rows`; return its output and, if checked, the errors (n,)."""

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..denoiser import rows as rowwise
 from ..denoiser.outputs import take, tensors
 from ..denoiser.partial import close
+from ..denoiser.rows import select
 from ..errors import UnsupportedModelError
 from . import layouts
 from .gate import Features, Gate, Learnt, Mode
+from .rows import weights
 
 Forward = Callable[..., Any]
 
@@ -91,14 +92,14 @@ class _Fresh:
         self.arguments = {n: v.clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}
 
     def __call__(self, rows: Sequence[int] | None = None) -> dict[str, Any]:
-        return rowwise.select(self.arguments, range(self.rows) if rows is None else rows, self.rows)
+        return select(self.arguments, range(self.rows) if rows is None else rows, self.rows)
 
     def other(self) -> tuple[dict[str, Any], int | None]:
         """Return a different call of one row, and the index of the row: the row that uses the least of its inputs (the
         last, if equal); with a single row, the scaled input and no index."""
         if self.rows > 1:
-            weights = rowwise.weights(self.arguments, self.rows)
-            row = min(reversed(range(self.rows)), key=weights.__getitem__)
+            used = weights(self.arguments, self.rows)
+            row = min(reversed(range(self.rows)), key=used.__getitem__)
             return self([row]), row
         return scaled(self()), None
 

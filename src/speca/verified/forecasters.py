@@ -11,7 +11,7 @@ Anchors at or beyond `count[b]` are ignored; a row with fewer than `order + 1` a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -51,21 +51,6 @@ def newton(positions: Tensor, count: Tensor, target: Tensor, order: int) -> Tens
     for i in range(1, len(table)):
         product = product * (target - positions[:, i - 1])
         weights = weights + table[i] * product.unsqueeze(1)
-    return weights
-
-
-def lagrange(nodes: Sequence[float], target: float) -> list[float]:
-    """Return the weights of the values at `nodes` in the value at `target` of the polynomial through all of them.
-
-    `F(t) = sum_k F_k prod_{m != k} (t - t_m) / (t_k - t_m)`: what `newton` gives for one row, on plain numbers.
-    """
-    weights = []
-    for k, node in enumerate(nodes):
-        weight = 1.0
-        for m, other in enumerate(nodes):
-            if m != k:
-                weight *= (target - other) / (node - other)
-        weights.append(weight)
     return weights
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..config import Config, SpecaConfig
-from ..denoiser.report import Report
 from ..diffusers.components import denoisers_of
 from ..diffusers.enable import Session, enabled
 from ..errors import InputError, SpecaError
+from .report import Report
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..config import MIN_STEPS, PRESETS, Config, SpecaConfig
-from ..denoiser.report import Report
 from ..diffusers.enable import enabled
 from ..errors import InputError
-from .grid import MOST_SAMPLES, draw_grid
 from .measure import Run, Ticker, joined, run_once, split, steps_of, ticking
+from .pictures import MOST_SAMPLES, draw_grid
+from .report import Report
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

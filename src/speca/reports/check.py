@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config
-from .accelerator import Accelerator
-from .enable import accelerators_of, disable, enable
+from ..diffusers.accelerator import Accelerator
+from ..diffusers.enable import accelerators_of, disable, enable
 
 
 @dataclass(frozen=True, kw_only=True)

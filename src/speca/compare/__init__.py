@@ -1,1 +1,0 @@
-"""Measure runs of pipelines: time, quality against the full run, pictures, distances between sets."""
