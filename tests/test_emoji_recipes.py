@@ -1,4 +1,4 @@
-"""The recipes of emoji-flux and emoji-video, run end to end on a handful of made-up pictures."""
+"""The recipes of emoji-flux, emoji-unet and emoji-video, run end to end on a handful of made-up pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import clip_data
 import clip_vae
 import diffusers
 import emoji_flux
+import emoji_unet
 import emoji_video
 import pytest
 import torch
@@ -71,6 +72,28 @@ def test_emoji_flux(pictures: Dataset, tmp_path: Path, monkeypatch: pytest.Monke
     assert json.loads(found.stdout)["supported"], found.output
     emoji_flux.main(**how, vae_batch=2, text_steps=2, classifier_steps=2, scored=2)
     assert (tmp_path / "emoji-flux.log").read_text() == logged, "a finished stage was trained again"
+
+
+def test_emoji_unet(pictures: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emoji_unet, "load", lambda work: pictures)
+    monkeypatch.setattr(emoji_unet, "SUBJECTS", GROUPS)
+    out, source = tmp_path / "weights" / "emoji-unet", zoo.WEIGHTS / "emoji-flux"
+    flux = zoo.load("emoji-flux")
+    how: dict[str, Any] = dict(steps=2, batch=2, scored=2, threads=1, device="cpu", compiled=False)
+    emoji_unet.main(work=tmp_path, out=out, source=source, **how)
+    monkeypatch.setattr(zoo, "WEIGHTS", out.parent)
+    (card,) = zoo.models()
+    assert (card.name, card.pipeline, card.licence) == ("emoji-unet", "StableDiffusionPipeline", "cc-by-4.0")
+    assert card.scores["samples"] == 2
+    assert {"samples.png", "samples.txt", "call.json"} <= {path.name for path in out.iterdir()}
+    pipe = zoo.load("emoji-unet")
+    assert card.parameters == sum(p.numel() for p in pipe.unet.parameters()) > 2e6
+    assert zoo.call_arguments("emoji-unet") == emoji_unet.CALL
+    for taken, given in ((pipe.vae, flux.vae), (pipe.text_encoder, flux.text_encoder)):
+        assert all(torch.equal(v, given.state_dict()[k]) for k, v in taken.state_dict().items())
+    assert torch.load(tmp_path / "emoji-unet.pt")["step"] == 2
+    found = CliRunner().invoke(app, ["check", "emoji-unet", "--json", "--threads", "1"])
+    assert json.loads(found.stdout)["sampler"].startswith("linear"), found.output
 
 
 def test_an_inflated_autoencoder_codes_each_frame_as_the_image_autoencoder_does() -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 """One folder a model, in the layout of ``save_pretrained``, with README.md (model card), scores.json and call.json."""
 
+DENOISERS = ("transformer", "unet")
+"""Folders that hold the weights of a denoising model."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -34,7 +37,7 @@ class ModelCard:
     makes: str  # one phrase, from the card
     licence: str
     bytes: int  # of the folder
-    parameters: int  # of the transformer
+    parameters: int  # of the transformer or U-Net
     scores: dict[str, Any]  # scores.json as the recipe wrote it
 
     def to_dict(self) -> dict[str, Any]:
@@ -187,7 +190,7 @@ def _card(folder: Path) -> ModelCard:
         makes=str(front.get("makes", "")),
         licence=str(front.get("license", "")),
         bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        parameters=sum(_count(path) for path in (folder / "transformer").glob("*.safetensors")),
+        parameters=sum(_count(path) for part in DENOISERS for path in (folder / part).glob("*.safetensors")),
         scores=json.loads(scores.read_text(encoding="utf-8")) if scores.is_file() else {},
     )
 
