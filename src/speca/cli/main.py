@@ -1,4 +1,4 @@
-"""The command line: `speca generate`, `speca check` and `speca models`. Torch is imported when a command runs."""
+"""The command `speca` and its options. Torch is imported when a command runs, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .bench import bench
 from .calibrate import calibrate
 
 app = typer.Typer(
-    help="Fewer evaluations of diffusion models: full steps are planned, the steps between them are forecast.",
+    help="Draw with less work: compute a diffusion model at some steps, and forecast its output at the others.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -43,17 +43,31 @@ Seed = Annotated[int, typer.Option(help="Seed of the first image, 0 or more; ima
 Guidance = Annotated[
     float | None, typer.Option(help="Guidance scale, 0 or more (1: none). Default: the pipeline's own.")
 ]
-Preset = Annotated[str, typer.Option(help="Quality dial: faithful, balanced, fast, or paper.")]
+Preset = Annotated[
+    str,
+    typer.Option(
+        help="How close images stay to the full run: faithful, balanced, fast; or paper, the published method."
+    ),
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the preset, e.g. threshold=0.2. Repeat."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one setting of the preset, e.g. speedup=4. Repeat for several."
+    ),
 ]
-Calibrated = Annotated[Path | None, typer.Option(help="JSON file of speca calibrate, which gives the tolerance.")]
+Calibrated = Annotated[
+    Path | None,
+    typer.Option(help="File written by speca calibrate for this model; it gives better images at the same cost."),
+]
 Compare = Annotated[bool, typer.Option("--compare", help="Also make the images without acceleration, and compare.")]
-Repeats = Annotated[int, typer.Option(help="Timed passes of --compare, 1 or more; times are medians.")]
+Repeats = Annotated[
+    int, typer.Option(help="With --compare: how often each way is timed, 1 or more; the median counts.")
+]
 Batch = Annotated[int, typer.Option(help="Most images in one call of the pipeline, 1 or more.")]
-Out = Annotated[Path, typer.Option(help="Folder for images or clips, timeline.png, report.json, grid.png.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder for the images or clips, and for timeline.png, report.json and grid.png.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps... Default: the accelerator, if any.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: torch's own choice.")]
@@ -96,7 +110,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Options of the bare command."""
+    """Take the options that stand before the name of a command."""
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -164,9 +178,9 @@ def check(
     device: Device = None,
     threads: Threads = None,
 ) -> None:
-    """Say whether a model can be accelerated, what was found in it, and what is kept in memory. Exit code 1: it cannot.
+    """Say whether a model can be accelerated, and how much memory that takes. The exit code is 1 if it cannot.
 
-    Runs a short call of the pipeline: 4 steps, two classes or one prompt, 256 pixels where the size can be chosen.
+    To find out, it draws once: 4 steps, two classes or one prompt, 256 pixels where the size can be chosen.
     """
     from . import output, request
 

@@ -1,4 +1,4 @@
-"""Output of the command line: a folder written completely or not at all, progress bars, tables."""
+"""What the command line writes: a folder, completely or not at all; progress bars; tables in the terminal."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _refusing(out: Path) -> Iterator[None]:
-    """Convert errors of the file system to InputError."""
+    """Raise errors of the file system as InputError, with a sentence that says what to do."""
     try:
         yield
     except OSError as error:
@@ -76,9 +76,9 @@ def _publish(stage: Path, out: Path) -> None:
 def write_run(
     run: Run, about: dict[str, Any], place: Path, captions: Sequence[str]
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Images, or clips and a contact sheet of them with their `captions`; timeline, and report.json with `about` in it.
+    """Write images, or clips and a sheet of their frames with `captions`; the timeline; report.json with `about` in it.
 
-    Returns the report and rows for `show`.
+    Returns the content of report.json, and rows for `show`.
     """
     _write_pictures(run, place, captions)
     assert run.report is not None
@@ -116,7 +116,7 @@ def _write_json(payload: dict[str, Any], place: Path) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Strict JSON: no NaN, no infinity."""
+    """Return strict JSON: a NaN or an infinity raises ValueError."""
     return json.dumps(value, indent=2, allow_nan=False)
 
 
@@ -155,25 +155,29 @@ def counting(title: str, total: int, done: int, quiet: bool) -> Iterator[Callabl
 
 
 def batch_rows(payload: dict[str, Any], out: str) -> list[Row]:
-    """What a batch made and how its forwards were packed, for `show`."""
+    """Return what a batch has made and how full its calls of the model were, as rows for `show`."""
     counts = payload["statistics"]
     steps = counts["full"] + counts["accepted"] + counts["rejected"]
     lanes = [
-        (f"{name} lane", f"{lane['batches']} forwards, {lane['rows_a_batch']:.1f} rows each, {lane['seconds']:.2f} s")
+        (f"{name} batches", f"{lane['batches']} calls, {lane['rows_a_batch']:.1f} rows each, {lane['seconds']:.2f} s")
         for name, lane in counts["lanes"].items()
     ]
     there = payload["lines"] - payload["made"] - payload["failed"]
     return [
-        ("images", f"{payload['made']} made, {payload['failed']} failed, {there} there before"),
+        ("images", f"{payload['made']} made, {payload['failed']} failed, {there} from an earlier run"),
         ("time", f"{payload['seconds']:.2f} s, {payload['images_per_second']:.2f} images a second"),
-        *([("steps", f"{counts['accepted'] / steps:.0%} accepted, {counts['rejected']} rejected")] if steps else []),
+        *(
+            [("steps", f"{counts['accepted'] / steps:.0%} forecast, {counts['rejected']} forecasts rejected")]
+            if steps
+            else []
+        ),
         *lanes,
         ("written to", out),
     ]
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
-    """A table of names and values on stdout."""
+    """Print a table of names and values on stdout."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
@@ -183,7 +187,7 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 
 def run_rows(run: Run) -> list[Row]:
-    """What an accelerated run cost, for `show`."""
+    """Return what an accelerated run cost, as rows for `show`."""
     report = run.report
     assert report is not None
     computed = [sample.full + sample.rejected for sample in report.samples]
@@ -192,17 +196,17 @@ def run_rows(run: Run) -> list[Row]:
         ("samples", str(len(report.samples))),
         (
             "computed steps",
-            f"{_mean(computed):.1f} of {report.steps} a sample, {_mean(rejected):.1f} after a rejection",
+            f"{_mean(computed):.1f} of {report.steps} for each sample, {_mean(rejected):.1f} after a rejected forecast",
         ),
         ("FLOPs", f"{report.flops_speedup:.2f}x fewer in the model"),
         ("time", f"{run.seconds:.2f} s in the model, {run.seconds_total:.2f} s in all"),
-        ("memory", f"{size(report.bytes_per_sample)} kept a sample, while running"),
+        ("memory", f"{size(report.bytes_per_sample)} kept for each sample while it runs"),
         *(("note", note) for note in report.notes),
     ]
 
 
 def comparison_rows(result: Comparison) -> list[Row]:
-    """What acceleration saved and cost, for `show`."""
+    """Return what acceleration saved, and how much it changed the images, as rows for `show`."""
     from ..reports.comparison import decibels
 
     figures = result.to_dict()
@@ -216,7 +220,7 @@ def comparison_rows(result: Comparison) -> list[Row]:
             "whole call",
             f"{result.wall_speedup_total:.2f}x the speed ({full.seconds_total:.2f} s to {speca.seconds_total:.2f} s)",
         ),
-        ("PSNR", f"{quality}, each image to its own full run"),
+        ("PSNR", f"{quality}, of each image to the same one without acceleration"),
     )
     rows = run_rows(speca)
     place = next(index for index, (name, _) in enumerate(rows) if name == "time")
@@ -225,11 +229,11 @@ def comparison_rows(result: Comparison) -> list[Row]:
 
 def check_rows(found: CheckReport) -> list[Row]:
     """Return what `speca check` found as rows of a table, for `show`; unknown values are left out."""
-    memory = None if found.bytes_per_sample is None else f"{size(found.bytes_per_sample)} a sample, while running"
+    memory = None if found.bytes_per_sample is None else f"{size(found.bytes_per_sample)} for each sample while it runs"
     flops = None
     if found.flops_full and found.flops_draft:
         share = found.flops_draft / found.flops_full
-        flops = f"{found.flops_full / 1e9:.3g} GFLOPs a full row and step, a draft {share:.1%} of it"
+        flops = f"{found.flops_full / 1e9:.3g} GFLOPs a row at a full step, {share:.1%} of that at a verified draft"
     rows = (
         ("model", found.model),
         ("sampler", found.sampler),
@@ -245,7 +249,7 @@ def check_rows(found: CheckReport) -> list[Row]:
 
 
 def show_models(cards: Sequence[ModelCard]) -> None:
-    """The bundled models as a table on stdout."""
+    """Print the bundled models as a table on stdout."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("model", "makes", "pipeline", "parameters", "size", "licence", "scores"):
         table.add_column(column)
@@ -257,7 +261,7 @@ def show_models(cards: Sequence[ModelCard]) -> None:
 
 
 def size(count: float) -> str:
-    """A number of bytes with its unit, in powers of 1024."""
+    """Return a number of bytes with its unit: B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

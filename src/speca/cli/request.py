@@ -1,4 +1,4 @@
-"""Check command-line options; convert them to a configuration, a pipeline and its arguments."""
+"""Options of the command line, checked and turned into settings, a pipeline and the arguments it is called with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LISTED = 20  # more valid names than this are not spelt out in a message
 
 @dataclass(frozen=True)
 class Request:
-    """The images to make with a model; labels or prompts repeat in order over `n` images.
+    """The images that are asked for; labels or prompts take turns until there are `n` images.
 
     Raises InputError for options that are invalid for all models, and in `call` for those invalid for this model.
     """
@@ -66,7 +66,7 @@ class Request:
         return [self.seed + k for k in range(len(self._conditions) if self.n is None else self.n)]
 
     def call(self, pipe: DiffusionPipeline) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Arguments of the pipeline with one label or prompt an image, and a caption for each image."""
+        """Return the arguments of the pipeline, with a label or prompt for each image, and the images' captions."""
         accepted = inspect.signature(pipe.__call__).parameters
         longest = getattr(getattr(pipe, "scheduler", None), "config", {}).get("num_train_timesteps", math.inf)
         if self.steps > longest:
@@ -97,7 +97,7 @@ class Request:
 
 
 def class_numbers(pipe: DiffusionPipeline, model: str, labels: Sequence[str]) -> list[int]:
-    """The number of each class, given by name (in any case) or number; InputError if the model has no such class."""
+    """Return the number of each class, given by name (in any case) or number. Raises InputError for an unknown one."""
     numbers: dict[str, int] = {name.casefold(): number for name, number in pipe.labels.items()}
     valid = set(numbers.values()) or set(range(pipe.transformer.config.num_embeds_ada_norm))
     found = []
@@ -114,7 +114,7 @@ def class_numbers(pipe: DiffusionPipeline, model: str, labels: Sequence[str]) ->
 
 
 def class_names(pipe: DiffusionPipeline, numbers: Sequence[int]) -> list[str]:
-    """The name of each class, or "class 7" where the model has no names."""
+    """Return the name of each class, or "class 7" where the model has no names."""
     names = {number: name for name, number in reversed(pipe.labels.items())}  # the first of several names stays
     return [names.get(number, f"class {number}") for number in numbers]
 
@@ -136,7 +136,11 @@ def _closest(label: str, names: dict[str, int], valid: set[int]) -> str:
 
 # ------------------------------------------------------------------------------------------------ settings
 def configuration(preset: str, settings: Sequence[str]) -> Config:
-    """The preset with `key=value` settings replaced; ConfigError names the nearest preset or key, or the range."""
+    """Return the preset with some settings replaced, each given as "key=value".
+
+    Raises:
+        ConfigError: no such preset or key (the nearest is named), or a value out of range.
+    """
     base = PRESETS.get(preset, PRESETS["balanced"])
     hints = typing.get_type_hints(type(base))
     overrides: dict[str, Any] = {}
@@ -164,7 +168,7 @@ def _parsed(text: str, hint: Any) -> Any:
 
 
 def at_least(low: int, **options: int | None) -> None:
-    """InputError naming the first option below `low`; None is an option left to its default."""
+    """Raise InputError if an option is below `low`; None stands for an option that was not given."""
     for name, value in options.items():
         if value is not None and value < low:
             raise InputError(f"--{name} {value} is out of range; use {low} or more.")
@@ -172,9 +176,11 @@ def at_least(low: int, **options: int | None) -> None:
 
 # ------------------------------------------------------------------------------------------------ pipelines
 def load(model: str, dtype: str, device: str | None, threads: int | None) -> DiffusionPipeline:
-    """The pipeline `model` means, on its device, with the libraries below it kept quiet.
+    """Return the pipeline that `model` names, on its device; diffusers and transformers print nothing from then on.
 
-    Raises InputError if there is none, UnsupportedModelError if it has no denoising model.
+    Raises:
+        InputError: there is no such pipeline.
+        UnsupportedModelError: it has no denoising model.
     """
     import torch
     from diffusers.utils import logging as diffusers_logging
@@ -194,7 +200,7 @@ def load(model: str, dtype: str, device: str | None, threads: int | None) -> Dif
 
 
 def _device(name: str | None) -> str:
-    """`name` if something can be put there, else InputError; None means the accelerator if there is one."""
+    """Return the device to use: `name`, or the accelerator if any. Raises InputError if `name` cannot be used."""
     import torch
 
     if name is None:
@@ -210,7 +216,7 @@ def _device(name: str | None) -> str:
 
 
 def examine(pipe: DiffusionPipeline, model: str, config: Config) -> tuple[CheckReport, str]:
-    """What `speca.check` finds in one short call of the pipeline, and that call in words."""
+    """Return what `speca.check` finds in one short call of the pipeline, and that call as text."""
     from .. import check
     from ..reports.measure import ticking
 
@@ -232,7 +238,7 @@ def examine(pipe: DiffusionPipeline, model: str, config: Config) -> tuple[CheckR
 
 
 def _short_call(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Arguments of a cheap call that shows how a pipeline uses its model: 4 steps, small pictures."""
+    """Return arguments of a short call of a pipeline: 4 steps, small pictures."""
     accepted = inspect.signature(pipe.__call__).parameters
     small = {"height": 256, "width": 256, "num_frames": 5}
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())

@@ -1,8 +1,8 @@
-"""Calls of a pipeline's other components, text encoders and autoencoders, put together like forwards of transformers.
+"""Calls of text encoders and autoencoders, put together in batches as those of the denoising model are.
 
 A request's copy of the pipeline has shallow copies of these modules, of the same class and with the same weights, whose
-entries ask the engine. The modules themselves are left as they are. What rows have to do with each other is not
-believed but tested: the first time two calls meet, they are run together and each alone, and compared.
+entries ask the engine. The modules themselves are left as they are. Whether the rows of a
+batch are independent is tested: the first time two calls meet, they are run together and each alone, and compared.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ ENTRIES = ("forward", "encode", "decode")
 
 
 class Yourself:
-    """The answer to a call that only who asked can run: it draws from the global random generators."""
+    """The answer that tells a request to run a call itself, as it draws from the global random generators."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of another component than a transformer.
+    """A call of a component other than the denoising model.
 
     Attributes:
         module, entry: what is called, and by what name.
@@ -47,7 +47,7 @@ class Call:
 
     @classmethod
     def of(cls, module: nn.Module, entry: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
-        """From what it was called with."""
+        """Return the call for the arguments that a component was given."""
         arguments = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
         first = next((v for v in arguments.values() if isinstance(v, Tensor) and v.dim()), None)
         return cls(module, entry, arguments, 0 if first is None else int(first.shape[0]))
@@ -66,8 +66,8 @@ class Components:
     Attributes:
         devices: kinds of devices in use, whose random generators are watched.
         drawing: components that draw from the global random generators, by identity and entry.
-        weighing: whether it is measured how many bytes a row takes while it runs.
-        most: the most that was measured, 0 before.
+        weighing: whether the bytes that a row takes while it runs are measured.
+        most: the most bytes measured so far, 0 before.
     """
 
     tokens: Tokens
@@ -79,14 +79,14 @@ class Components:
     _together: dict[Hashable, bool] = field(default_factory=dict)  # of each bucket that was tested
 
     def bucket(self, call: Call) -> Hashable | None:
-        """Equal for calls that can be one; None for one that has to run alone."""
+        """Return a name that is equal for calls that can be one; None for one that has to run alone."""
         if not call.rows:
             return None
         name = id(call.module), call.entry, signature(call.arguments, call.rows, self.tokens)
         return name if self._together.get(name, True) else None
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
-        """What each of the calls of one bucket gives, `Yourself` where it must not be run here."""
+        """Return what each of the calls of one bucket gives, and `Yourself` for one that must not be run here."""
         before, drew = Chance.here(self.devices), False
         try:
             outs = self._run_weighed(calls) if self.weighing else self._run(calls)
@@ -132,7 +132,7 @@ class Components:
 
 
 def adopt(pipe: Any, components: Components, ask: Callable[[Call], Any], leave: Sequence[nn.Module]) -> None:
-    """Let a request's own copy of a pipeline `ask` for what its components give, all but those to `leave`."""
+    """Make the components of a request's copy of a pipeline `ask` for their results, except those to `leave`."""
     for name, module in pipe.components.items():
         if isinstance(module, nn.Module) and not any(module is other for other in leave):
             setattr(pipe, name, _asking(module, components, ask))

@@ -1,4 +1,4 @@
-"""The engine's faces: `generate` for a list of requests, `submit` for one at a time, from anywhere."""
+"""The class `Engine`: `generate` runs a list of requests, `submit` and `post` take one request at a time."""
 
 from __future__ import annotations
 
@@ -64,12 +64,13 @@ class Engine:
         Args:
             pipe: a pipeline with one or more diffusion transformers.
             preset, **overrides: settings of requests that bring none, as of `speca.enable`.
-            max_batch: most rows of one forward, 1 or more. With guidance in one call an image has two rows.
-            component_batch: the same of a text encoder or an autoencoder; more rows decode with more memory.
-            max_wait: ticks that a full forward waits for others to fill its batch, 0 or more.
+            max_batch: most rows that one call of the model may have, 1 or more. An image has two rows where guidance
+                computes the conditional and the unconditional output in one call.
+            component_batch: the same for text encoders and autoencoders, which need more memory for more rows.
+            max_wait: rounds of the engine's loop that a full step waits for others to fill its batch, 0 or more.
             max_live: most requests under way at a time; default four times `max_batch`, one batch in "lock-step".
             max_queue: most requests that wait to start; one more is refused. Default: no limit.
-            memory: what live requests may hold together, in bytes or as "8GiB". Default: no limit.
+            memory: what all requests under way may hold together, in bytes or as "8GiB". Default: no limit.
             mode: "continuous"; "lock-step": requests start in batches and stay at one step, each with its own
                 decisions; "one-at-a-time": a plain loop over the pipeline, without batches.
             on_event: called with what happens to each request, in the thread that runs the engine.
@@ -175,7 +176,8 @@ class Engine:
     # ---------------------------------------------------------------------------------------------- figures
     @property
     def statistics(self) -> dict[str, Any]:
-        """Counts since the engine was made: requests, steps, ticks, reads, waits, and of each lane how full it ran."""
+        """Return counts since the engine was made: requests, steps, rounds, device reads, waits, and how full the
+        batches of drafts, of full steps and of other components were."""
         scheduler = self._loop.scheduler
         now = {"live": scheduler.live, "queued": len(scheduler.queue) + len(self._inbox), "bytes": scheduler.bytes}
         return {**now, **self._loop.records.to_dict(scheduler)}
@@ -187,7 +189,7 @@ class Engine:
     # ---------------------------------------------------------------------------------------------- inside
     @property
     def _room(self) -> int:
-        """Requests that `generate` has under way: those that may be live, and as many that wait."""
+        """How many requests `generate` takes before the first ends: those that may run, and as many that wait."""
         scheduler = self._loop.scheduler
         ahead = AHEAD * scheduler.max_live
         return ahead if scheduler.max_queue is None else min(ahead, max(1, scheduler.max_queue))
@@ -231,7 +233,7 @@ class Engine:
         self._loop.tick()
 
     def _alone(self, future: Future) -> Result:
-        """The oracle: the pipeline is called, and nothing else runs."""
+        """Run one request by a plain call of the pipeline, with nothing beside it."""
         future.begin()
         try:
             output, report = play(self.pipe, self._loop.accelerators, future, Executor(), lambda mine, caller: None)
@@ -262,7 +264,7 @@ class Engine:
         self._stop()
 
     def _stop(self) -> None:
-        """Cancel everything, and let it end."""
+        """Cancel all requests, and return when they have ended."""
         for future in [*self._inbox, *self._loop.futures()]:
             future.cancel()
         while self._inbox or self._loop.busy:

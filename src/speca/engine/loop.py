@@ -1,4 +1,4 @@
-"""The loop of an engine: start requests, run what they ask for in batches, answer them, read the device once a tick."""
+"""The loop of an engine. In each round it starts requests, runs what they ask for in batches, and answers them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Live:
     Attributes:
         future: whom it is for.
         caller: its copy of the pipeline, with the run that is under way.
-        step: the last step it has begun, -1 before the first.
-        kind: of the forward that it waits for.
+        step: index of the last step that it has begun, -1 before the first.
+        kind: the kind of forward that it waits for.
         drafted: the inputs of its last checked draft, by identity: a full forward of the same ones redoes it.
         inputs: bytes of the inputs of its last evaluation, and of what may be pending of corrections.
     """
@@ -79,7 +79,7 @@ class Loop:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is live or queued."""
+        """Whether any request is under way or waits to start."""
         return bool(self.live or self.queued)
 
     def submit(self, future: Future) -> None:
@@ -91,7 +91,7 @@ class Loop:
             heapq.heappush(self._deadlines, (future.submitted + request.deadline, future.index))
 
     def tick(self) -> None:
-        """One round: cancel, start, run, read."""
+        """Do one round: cancel requests, start others, run one set of batches, read numbers from the device."""
         began = time.perf_counter()
         self._give_up()
         planning = time.perf_counter()
@@ -173,7 +173,7 @@ class Loop:
         self.records.ended(live.future.finish(output, report, ended.error))
 
     def _take(self, index: int, question: Question, ambient: Ambient) -> None:
-        """Put a question where it is answered: with the others to be read, or in a lane."""
+        """Sort what a request asks for: numbers to be read, or a forward, which goes to the scheduler."""
         if isinstance(question, Read):
             self._readings[index] = question
             return
@@ -212,17 +212,17 @@ class Loop:
         self.records.planning += time.perf_counter() - planning
 
     def _bytes(self, live: Live) -> int:
-        """What a request holds between its steps: features or outputs, what its drafts have led to, and its inputs."""
+        """Return the bytes that a request holds between its steps: what it keeps of earlier ones, and its inputs."""
         assert live.caller is not None
         branches = live.caller.branches.values()
         return max(sum(b.bytes() for b in branches), live.caller.costs.peak) + len(branches) * live.inputs
 
     def futures(self) -> list[Future]:
-        """Of all requests that have not ended."""
+        """Return the futures of all requests that have not ended."""
         return [*self.queued.values(), *(live.future for live in self.live.values())]
 
     def abandon(self, error: BaseException) -> None:
-        """End every request with an error that is none of theirs."""
+        """End every request with an error that none of them has caused."""
         for future in self.futures():
             self.scheduler.end(future.index)
             future.finish(error=error)
@@ -264,7 +264,7 @@ class Loop:
         return list(self._within(ambient, lambda: self._evaluate(questions)))
 
     def _evaluate(self, asked: Sequence[Evaluation]) -> list[Any]:
-        """What each evaluation of a batch gives; the memory of the first one of a kind is measured if it is limited."""
+        """Return what each evaluation of a batch gives. Where memory is limited, that of each new kind is measured."""
         first = asked[0]
         kind = first.kind, kind_of(first.arguments, None)
         if self.scheduler.memory is None or kind in self._measured or isinstance(first, GatedEvaluation):
@@ -276,7 +276,7 @@ class Loop:
         return found
 
     def _within(self, ambient: Ambient, what: Callable[[], Any]) -> Any:
-        """Do it in the surroundings of who has asked: gradients, autocast."""
+        """Call `what` with the settings of the request that has asked: whether gradients are recorded, and autocast."""
         here = Ambient.here(self.meet.devices)
         ambient.restore()
         try:

@@ -1,4 +1,4 @@
-"""Many requests from a file into a folder, by the engine: a run that was killed goes on where it stood."""
+"""Requests from a file, run by an engine, with their pictures in a folder. A run that was killed is taken up again."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Folder:
 
     @classmethod
     def open(cls, place: Path) -> Folder:
-        """The folder, made if need be, with what an earlier run has finished in it.
+        """Return the folder, made if need be, and read what an earlier run has finished in it.
 
         Raises:
             InputError: it cannot be made or written to.
@@ -143,7 +143,7 @@ class Folder:
 
 
 def run(engine: Engine, lines: Sequence[Line], folder: Folder) -> Iterator[Result]:
-    """Run the lines that `folder` lacks, and yield each result when it is written."""
+    """Run the lines whose pictures are not in `folder`, and yield each result once it is written."""
     todo = [line for line in lines if not folder.has(line)]
     for result in engine.generate({**line.asked, "output_type": "np"} for line in todo):
         folder.keep(todo[result.index], result)

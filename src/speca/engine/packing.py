@@ -21,7 +21,7 @@ from .signature import Tokens, form_of, signature
 
 
 class Packer:
-    """Names the bucket of an evaluation, and runs the evaluations of one bucket as one.
+    """Says which evaluations can be one (those of one bucket), and runs the evaluations of a bucket as one.
 
     That rows of different requests do not influence each other is tested: the first time two calls of a kind meet, they
     are run together and one of them alone. Verified drafts have been tested by their model's self-test; there only
@@ -107,7 +107,7 @@ class Packer:
 
     @staticmethod
     def _together(asked: Sequence[Evaluation]) -> Evaluation:
-        """One evaluation of all their rows."""
+        """Return one evaluation of all rows of these."""
         first, counts = asked[0], [a.rows for a in asked]
         call = Invocation(first.invocation.function, rowwise.join([a.arguments for a in asked], counts))
         if not isinstance(first, GatedEvaluation):

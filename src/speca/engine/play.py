@@ -63,12 +63,12 @@ def play(
 
 
 def kinds_of(accelerators: Sequence[Accelerator]) -> tuple[str, ...]:
-    """Kinds of the devices that the models are on, and "cpu"."""
+    """Return the kinds of the devices that the models are on, and "cpu"."""
     return tuple(sorted({p.device.type for a in accelerators for p in a.model.parameters()} | {"cpu"}))
 
 
 def report_of(caller: Caller, accelerators: Sequence[Accelerator]) -> Report | None:
-    """Return decisions and cost; None where no step was taken."""
+    """Return the report of a run; None where no step was taken."""
     try:
         return caller.report(type(accelerators[0].model).__name__)
     except NotEnabledError:

@@ -1,4 +1,4 @@
-"""What a request is going to look like, at each of its steps: the clean sample that its scheduler has in mind."""
+"""A preview of a request at each of its steps: the finished sample as its scheduler predicts it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def watch(scheduler: Any, tell: Callable[[Tensor], None]) -> None:
-    """From now on, `tell` the predicted clean sample after each step of this scheduler.
+    """Call `tell` with the predicted finished sample after each step of this scheduler, from now on.
 
     It is what the scheduler returns beside the next sample (DDIM, DDPM, Euler, LCM) or, for a flow, `x - sigma * v`.
     Other schedulers tell nothing. Nothing is computed that a step would wait for, and copies are not watched.

@@ -1,4 +1,4 @@
-"""What an engine has done: counts, waits, how full its batches were; and the picture of it."""
+"""What an engine has done: counts, waits, how full its batches were, and a picture of all that."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ KEPT = 100_000
 
 @dataclass
 class LaneCount:
-    """Forwards of one lane.
+    """What was run of one kind: drafts, full steps, or other components.
 
     Attributes:
         batches, rows: how many forwards were run, and of how many rows in all.
-        seconds: that they took.
-        waited: ticks that the requests in them had waited, in all; `longest`: the most that one had.
+        seconds: how long they took.
+        waited: rounds that the requests in them had waited, all together; `longest`: the most that one had waited.
     """
 
     batches: int = 0
@@ -56,11 +56,11 @@ class Records:
     """Counts since the engine was made, and the last forwards.
 
     Attributes:
-        submitted, done, failed: requests.
+        submitted, done, failed: numbers of requests.
         full, accepted, rejected: steps of finished requests.
-        ticks, reads: rounds, and device reads in them.
-        seconds, planning: of all rounds, and in them of admitting, naming buckets and choosing batches.
-        peak_live, peak_bytes: the most that was live, and held, at a time.
+        ticks, reads: rounds of the loop, and how often numbers were read from the device.
+        seconds, planning: how long all rounds took, and how much of it went into choosing what to run.
+        peak_live, peak_bytes: most requests under way at a time, and most bytes that they held.
     """
 
     lanes: dict[Lane, LaneCount] = field(default_factory=lambda: {lane: LaneCount() for lane in Lane})
@@ -81,12 +81,12 @@ class Records:
     _batches: int = 0
 
     def started(self, waited: float) -> None:
-        """A request has started, after `waited` seconds in the queue."""
+        """Count a request that starts after `waited` seconds in the queue."""
         self.started_count += 1
         self.waited += waited
 
     def ended(self, result: Result) -> None:
-        """A request has ended."""
+        """Count a request that has ended."""
         self.failed += result.error is not None
         self.done += result.error is None
         for sample in result.report.samples if result.report is not None else ():
@@ -95,7 +95,7 @@ class Records:
             self.rejected += sample.rejected
 
     def ran(self, batch: Batch, kinds: list[Kind], began: float, seconds: float, tick: int) -> None:
-        """A batch was run."""
+        """Count a batch that was run."""
         lane = self.lanes[batch.lane]
         lane.batches, lane.rows, lane.calls = lane.batches + 1, lane.rows + batch.rows, lane.calls + len(batch.tickets)
         lane.seconds += seconds
@@ -106,7 +106,7 @@ class Records:
             self.forwards.append(Forward(ticket.request, kind, began, seconds, ticket.rows, self._batches))
 
     def ticked(self, scheduler: Scheduler, seconds: float) -> None:
-        """A round is over."""
+        """Count a round of the loop."""
         self.ticks += 1
         self.seconds += seconds
         self.peak_live = max(self.peak_live, scheduler.live)

@@ -1,8 +1,8 @@
 """Functions that stop where they need something and go on when they are given it, all in one thread.
 
 Each runs in a greenlet of its own: a stack that can be left in the middle of any call, here in the middle of a
-pipeline, which never notices. What a thread carries along besides its stack (whether gradients are recorded, autocast,
-the global random generators) is put back at every change.
+pipeline, whose code need not know of it. What a thread carries along besides its stack (whether gradients are
+recorded, autocast, the global random generators) is put back at every change.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Ended:
 
 @dataclass
 class Rendezvous:
-    """Where functions meet the one who answers them.
+    """Runs functions until they ask for something, and lets them go on once they are given it.
 
     Attributes:
         devices: kinds of devices in use, whose autocast is kept apart.
@@ -169,7 +169,7 @@ def _kept(devices: tuple[str, ...]) -> Iterator[None]:
 
 
 def demand_greenlet() -> Any:
-    """The package.
+    """Return the package greenlet.
 
     Raises:
         ConfigError: the package is not installed.

@@ -1,4 +1,4 @@
-"""Requests of an engine, their results, and the events in between."""
+"""Requests of an engine, the results they give, and the events that tell of their progress."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Request:
     """One call of the pipeline, with settings of its own.
 
     Attributes:
-        arguments: of the pipeline's `__call__`.
-        config: how its steps are drafted.
-        seed: of its generator; None where the arguments bring generators.
-        scheduler: in place of the pipeline's; it is copied.
-        priority: higher ones start sooner; one more counts as 32 ticks of waiting.
+        arguments: what the pipeline's `__call__` is given.
+        config: the settings that say which of its steps are forecast.
+        seed: the seed of its random generator; None where the arguments bring generators.
+        scheduler: used in place of the pipeline's own, or None; it is copied.
+        priority: requests of higher priority start sooner; one level counts as 32 rounds of waiting.
         deadline: seconds after which it is given up, None for never.
-        preview: whether its steps come with the predicted clean sample.
-        id: whatever tells it from others.
+        preview: whether the event of each step carries a prediction of the finished sample.
+        id: a name that the user gives it.
     """
 
     arguments: dict[str, Any]
@@ -49,7 +49,7 @@ class Request:
 
     @classmethod
     def build(cls, asked: Mapping[str, Any], accepted: Iterable[str], config: Config) -> Request:
-        """From the arguments of the pipeline, which takes those of the names `accepted`, and of `OWN`.
+        """Return the request for some arguments: those of the pipeline, named in `accepted`, and those of `OWN`.
 
         A request without generator or seed is given a seed from torch's global generator.
 
@@ -88,14 +88,14 @@ class Request:
         )
 
     def call(self) -> dict[str, Any]:
-        """The arguments, with a generator at its beginning."""
+        """Return the arguments, with a new generator made from the seed."""
         if self.seed is None:
             return dict(self.arguments)
         return {**self.arguments, "generator": torch.Generator().manual_seed(self.seed)}
 
     @property
     def global_seed(self) -> int:
-        """For torch's own generators, which some pipelines draw from although they are given another."""
+        """Return the seed for torch's global generators, from which some pipelines draw in spite of their own."""
         if self.seed is not None:
             return self.seed
         given = self.arguments["generator"]
@@ -103,7 +103,7 @@ class Request:
 
     @property
     def size(self) -> object:
-        """Equal for requests that need equal memory: their plain arguments but texts, and the shapes of tensors."""
+        """Return what is equal for requests that need equal memory: numbers, options, shapes of tensors."""
         c = self.config
         kept = (c.prior, c.corrector, c.speedup) if isinstance(c, SpecaConfig) else c.history_dtype
         parts: list[object] = [type(c), c.anchors, kept, type(self.scheduler)]
@@ -118,7 +118,7 @@ class Request:
 
 
 def arguments_of(pipe: Any) -> list[str]:
-    """Names that the pipeline's `__call__` takes."""
+    """Return the names of the arguments that the pipeline's `__call__` takes."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [name for name, p in parameters.items() if p.kind in kinds and name != "self"]
@@ -130,12 +130,12 @@ class Event:
 
     Attributes:
         kind: "queued", "started", "step", "done" or "failed".
-        index: of the request.
+        index: the number of the request.
         time: seconds since it was submitted.
-        step, total: steps begun, and their number; 0 until that is known.
+        step, total: how many steps have begun, and how many there are (0 until known).
         error: why it failed.
-        clean: after a step of a request with `preview`, what the scheduler takes for the clean sample: latents as the
-            pipeline holds them.
+        clean: after a step of a request with `preview`, the scheduler's prediction of the finished sample:
+            latents as the pipeline holds them.
     """
 
     kind: Literal["queued", "started", "step", "done", "failed"]
@@ -149,16 +149,16 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a request gave.
+    """What a request has given, or why it failed.
 
     Attributes:
         index: its number, counted from 0 in the order of submission to one `generate` or engine.
-        id: its own name for itself.
+        id: the name that the user gave it.
         output: what the pipeline returned, None if it failed.
-        report: decisions and cost, None where no step was taken.
+        report: which steps were forecast and what that saved; None where no step was taken.
         error: why it failed, with its traceback.
-        seed: of its generator.
-        waited, seconds: until it started, and from then to its end.
+        seed: the seed of its random generator.
+        waited, seconds: seconds from submission to its start, and from there to its end.
     """
 
     index: int
@@ -207,7 +207,7 @@ class Future:
         self.wake()
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether it has ended, successfully or not."""
         return self._done.done()
 
     def result(self, timeout: float | None = None) -> Result:
@@ -224,16 +224,16 @@ class Future:
 
     @property
     def progress(self) -> float:
-        """Share of the steps that were begun, 1 at the end."""
+        """The share of its steps that have begun, from 0 to 1."""
         return 1.0 if self.done() else self.last.step / self.last.total if self.last.total else 0.0
 
     @property
     def report(self) -> Report | None:
-        """Decisions and cost, None until the request has ended."""
+        """Which steps were forecast and what that saved; None until the request has ended."""
         return self._done.result().report if self.done() else None
 
     async def events(self) -> AsyncIterator[Event]:
-        """What happens to the request from now on, to its end."""
+        """Yield what happens to the request from now on, until it ends."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def listen(event: Event) -> None:
@@ -249,16 +249,16 @@ class Future:
     # ---------------------------------------------------------------------------------------- for the engine
     @staticmethod
     def wait(futures: Iterable[Future]) -> None:
-        """Until one of them has ended."""
+        """Wait until one of these futures has ended."""
         concurrent.futures.wait([f._done for f in futures], return_when=concurrent.futures.FIRST_COMPLETED)
 
     def begin(self) -> None:
-        """It has started."""
+        """Note that the request has started."""
         self.started = time.perf_counter()
         self.tell("started")
 
     def tell(self, kind: Literal["started", "step"], step: int = 0, total: int = 0) -> None:
-        """Something happened."""
+        """Tell all who listen that something happened."""
         self._tell(Event(kind, self.index, time.perf_counter() - self.submitted, step, total))
 
     def show(self, clean: torch.Tensor) -> None:
@@ -268,7 +268,7 @@ class Future:
         self._tell(Event("step", self.index, now, last.step, last.total, clean=clean))
 
     def finish(self, output: Any = None, report: Report | None = None, error: BaseException | None = None) -> Result:
-        """It has ended."""
+        """Note that the request has ended, with its output or an error."""
         now = time.perf_counter()
         began = now if self.started is None else self.started
         result = Result(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -62,16 +63,17 @@ def function_response(
         options: its further keyword arguments.
     """
     name = getattr(sampler, "__name__", type(sampler).__name__)
-    given = dict(options or {})
     accepted = inspect.signature(sampler).parameters
+    given = {n: v for n, v in (options or {}).items() if n != "callback"}
     if "disable" in accepted:
         given.setdefault("disable", True)  # its progress bar
-    given = {n: v for n, v in given.items() if n != "callback"}
+    if "noise_sampler" in accepted:
+        given["noise_sampler"] = None  # replaced in each run
     reason = ""
     for dtype in (torch.float64, torch.float32):
-        dry = _DryRun(sampler, sigmas.detach().cpu().to(dtype), prediction, given, "noise_sampler" in accepted)
+        run = partial(_run, sampler, sigmas.detach().cpu().to(dtype), prediction, given)
         try:
-            return dry.response(name)
+            return _tried(name, run, dtype)
         except _NotLinearError as problem:
             return Response(reason=str(problem))
         except Exception as problem:  # whatever a function raises at inputs it was not made for
@@ -83,59 +85,50 @@ class _NotLinearError(Exception):
     """The reason why a sampler cannot be planned."""
 
 
-class _DryRun:
-    """Runs of one sampler function on outputs that are given beforehand."""
+def _tried(name: str, run: Callable[[Probe, int], tuple[list[float], list[Tensor]]], dtype: torch.dtype) -> Response:
+    """The response of a sampler: a first run on zeros counts its calls, a second one plays the units."""
+    times, _ = run(Probe(0, dtype), MOST_CALLS)
+    probe = Probe(len(times), dtype)
+    again, samples = run(probe, len(times) + 1)
+    if again != times:
+        raise _NotLinearError(f"the calls of {name} depend on values ({len(times)}, then {len(again)} of them)")
+    found = probe.response(samples)
+    if found is None:
+        raise _NotLinearError(f"{name} is not linear in what the model returns")
+    signals, sizes, _ = path_of_times(times)
+    steps = transitions_of(*found, signals, sizes)
+    if not steps:
+        raise _NotLinearError(f"{name} remembers more than 3 outputs")
+    noise = tuple((n - p) / n for p, n in zip(signals, sizes, strict=True))
+    return Response(steps, noise, tuple(times))
 
-    def __init__(
-        self, sampler: Sampler, sigmas: Tensor, prediction: Prediction, options: dict[str, Any], asks: bool
-    ) -> None:
-        self.sampler, self.sigmas, self.prediction = sampler, sigmas, prediction
-        self.options, self.asks = options, asks
 
-    def response(self, name: str) -> Response:
-        """Count the calls, then play the units."""
-        dtype = self.sigmas.dtype
-        first = Probe(0, dtype)
-        times, _ = self._run(first, first.inputs[0], None)
-        probe = Probe(len(times), dtype)
-        again, samples = self._run(probe, probe.inputs[0], probe.inputs[1:])
-        if again != times:
-            raise _NotLinearError(f"the calls of {name} depend on values ({len(times)}, then {len(again)} of them)")
-        found = probe.response(samples)
-        if found is None:
-            raise _NotLinearError(f"{name} is not linear in what the model returns")
-        signals, sizes, _ = path_of_times(times)
-        steps = transitions_of(*found, signals, sizes)
-        if not steps:
-            raise _NotLinearError(f"{name} remembers more than 3 outputs")
-        noise = tuple((n - p) / n for p, n in zip(signals, sizes, strict=True))
-        return Response(steps, noise, tuple(times))
+def _run(
+    sampler: Sampler, sigmas: Tensor, prediction: Prediction, options: dict[str, Any], probe: Probe, most: int
+) -> tuple[list[float], list[Tensor]]:
+    """The sigma of each call, at most `most`, and the samples: what was handed over at each call, and the result. The
+    outputs are those of the probe, then zeros."""
+    times: list[float] = []
+    samples: list[Tensor] = []
 
-    def _run(self, probe: Probe, x: Tensor, outputs: Tensor | None) -> tuple[list[float], list[Tensor]]:
-        """The sigma of each call, and the samples: what was handed over at each call, and the result."""
-        times: list[float] = []
-        samples: list[Tensor] = []
+    def denoise(x: Tensor, sigma: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if (kwargs.get("model_options") or {}).get("sampler_post_cfg_function"):
+            raise _NotLinearError("it uses a second output of the model (cfg_pp), which a forecast does not have")
+        if len(times) >= most:
+            raise _NotLinearError("its calls depend on values")
+        level = broadcast(sigma, x)
+        times.append(round(float(level.reshape(-1)[0]), 9))
+        samples.append(x.clone())
+        output = probe.inputs[len(times)].clone() if len(times) < len(probe.inputs) else torch.zeros_like(x)
+        return from_output(prediction, x, level.to(x.dtype), output.to(x.dtype))
 
-        def denoise(x: Tensor, sigma: Any, *args: Any, **kwargs: Any) -> Tensor:
-            if (kwargs.get("model_options") or {}).get("sampler_post_cfg_function"):
-                raise _NotLinearError("it uses a second output of the model (cfg_pp), which a forecast does not have")
-            if len(times) >= (MOST_CALLS if outputs is None else len(outputs) + 1):
-                raise _NotLinearError("its calls depend on values")
-            place = len(times)
-            level = broadcast(sigma, x)
-            times.append(round(float(level.reshape(-1)[0]), 9))
-            samples.append(x.clone())
-            known = outputs is not None and place < len(outputs)
-            output = outputs[place].clone() if known and outputs is not None else torch.zeros_like(x)
-            return from_output(self.prediction, x, level.to(x.dtype), output.to(x.dtype))
-
-        options = dict(self.options)
-        if self.asks:
-            options["noise_sampler"] = lambda *_: torch.randn_like(x)
-        with torch.no_grad(), probe.noise():
-            result = self.sampler(denoise, x.clone(), self.sigmas, **options)
-        samples.append(last_sample(result))
-        return times, samples
+    x = probe.inputs[0]
+    if "noise_sampler" in options:
+        options = {**options, "noise_sampler": lambda *_: torch.randn_like(x)}
+    with torch.no_grad(), probe.noise():
+        result = sampler(denoise, x.clone(), sigmas, **options)
+    samples.append(last_sample(result))
+    return times, samples
 
 
 def last_sample(result: Any) -> Tensor:
