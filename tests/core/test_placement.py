@@ -14,12 +14,14 @@ import torch
 from speca.config import SpecaConfig
 from speca.core.controller import Planner
 from speca.core.correction import Corrector, quadrature
-from speca.core.placement import LEAST, cheapest, expected, place, shortlist, with_placements
+from speca.core.placement import DENSITIES, LEAST, cheapest, expected, place, shortlist, with_placements
 from speca.core.prior import DEPTH, Prior
+from speca.core.starts import spread
 from speca.core.transition import Transition, advance
 from speca.denoiser.branch import Branch
 from speca.denoiser.executor import Executor
 from speca.denoiser.player import Call, Player
+from speca.errors import ConfigError
 from speca.reports.costs import Costs
 
 STEPS, SAMPLES, SIZE = 12, 6, 40
@@ -161,8 +163,88 @@ def test_the_cheapest_that_meets_a_tolerance(prior: Prior) -> None:
 def test_what_was_placed_beforehand_is_taken(prior: Prior) -> None:
     known = with_placements(prior, flow())
     assert sorted(known.placed) == list(range(LEAST, STEPS // 2 + 1))
-    assert place(known, flow(), 5) == place(prior, flow(), 5)
+    assert place(known, flow(), 5).steps == place(prior, flow(), 5).steps
+    assert place(known, flow(), 5).error == pytest.approx(place(prior, flow(), 5).error)
     given = Prior(prior.noise, prior.moments, {5: (0, 1, 2, 3, 4)})
     assert place(given, flow(), 5).steps == (0, 1, 2, 3, 4)
     assert place(given, flow(), 5).error == pytest.approx(expected(prior, flow(), {0, 1, 2, 3, 4}))
     assert given.at(prior.noise[::2]).placed == {}, "of another number of steps"
+
+
+@pytest.mark.parametrize("transitions", [flow(), noisy(), remembering()], ids=["flow", "noisy", "remembering"])
+def test_plain_schedules_are_in_the_list_if_asked_for_and_never_better(
+    prior: Prior, transitions: tuple[Transition, ...]
+) -> None:
+    for count in (2, 4, 6):
+        found = {p.steps: p.error for p in shortlist(prior, transitions, count, include_starts=True)}
+        plain = [spread(STEPS, count, density) for density in DENSITIES]
+        plain.append(tuple(index * STEPS // count for index in range(count)))
+        for steps in plain:
+            assert found[steps] == pytest.approx(expected(prior, transitions, set(steps)))
+        assert list(found.values()) == sorted(found.values())
+        assert place(prior, transitions, count).error == min(found.values()) <= min(found[p] for p in plain)
+
+
+def test_growth_of_ones_changes_nothing(prior: Prior) -> None:
+    ones = [1] * STEPS
+    assert expected(prior, noisy(), {0, 3, 7}, growth=ones) == expected(prior, noisy(), {0, 3, 7})
+    assert shortlist(prior, noisy(), 4, ones) == shortlist(prior, noisy(), 4)
+    assert cheapest(prior, noisy(), 0.01, ones) == cheapest(prior, noisy(), 0.01)
+
+
+def test_growth_multiplies_a_deviation_after_the_step(prior: Prior) -> None:
+    one, last = expected(prior, flow(), {0}), [1.0] * (STEPS - 1)
+    assert expected(prior, flow(), {0}, growth=[*last, 3.0]) == pytest.approx(3 * one)
+    assert expected(prior, flow(), {0}, growth=[5.0] + [1.0] * (STEPS - 1)) == pytest.approx(one), "none is off yet"
+    assert expected(prior, flow(), {0}, growth=[1.0, 3.0] + [1.0] * (STEPS - 2)) != pytest.approx(one)
+
+
+def test_full_steps_are_earlier_where_errors_grow_and_later_where_they_fade() -> None:
+    t = np.linspace(0, 1, STEPS)
+    level = Prior(tuple(1 - i / STEPS for i in range(STEPS)), np.exp(-8 * (t[:, None] - t) ** 2) + 1e-3 * np.eye(STEPS))
+    mean = {by: np.mean(place(level, flow(), 5, [by] * STEPS).steps) for by in (0.6, 1.0, 1.6)}
+    assert mean[1.6] < mean[1.0] < mean[0.6]
+
+
+def test_growth_that_does_not_fit_is_refused(prior: Prior) -> None:
+    for growth in ([1.0] * (STEPS - 1), [1.0] * (STEPS - 1) + [0.0], [1.0] * (STEPS - 1) + [math.nan]):
+        with pytest.raises(ConfigError, match="growth takes one positive number for each of 12 steps"):
+            place(prior, flow(), 4, growth)
+
+
+def test_what_was_placed_beforehand_does_not_count_where_errors_grow(prior: Prior) -> None:
+    given = Prior(prior.noise, prior.moments, {5: (0, 1, 2, 3, 4)})
+    assert place(given, flow(), 5, [1.0] * STEPS).steps == place(prior, flow(), 5).steps != (0, 1, 2, 3, 4)
+
+
+def test_a_search_is_the_same_again_and_touches_no_random_numbers(prior: Prior) -> None:
+    again = Prior(prior.noise, prior.moments)  # another object, so that nothing is found in a cache
+    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    found = shortlist(prior, remembering(), 5), shortlist(again, remembering(), 5)
+    assert found[0] == found[1]
+    after = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    assert before[:2] == after[:2] and torch.equal(before[2], after[2])
+
+
+def test_any_number_of_steps_can_be_placed() -> None:
+    for total in (2, 3, 5, 9):
+        t = np.linspace(0, 1, total)
+        short = Prior(tuple(1 - t), np.exp(-8 * (t[:, None] - t) ** 2) + 1e-3 * np.eye(total))
+        steps = tuple(Transition((1.0,), (-1 / total,)) for _ in range(total))
+        for count in range(1, total):
+            found = place(short, steps, count)
+            assert found.steps[0] == 0 and len(set(found.steps)) == count and max(found.steps) < total
+            assert found.error == pytest.approx(expected(short, steps, set(found.steps)))
+
+
+def test_many_steps_are_placed_better_than_by_plain_schedules() -> None:
+    total = 150
+    t = np.linspace(0, 1, total)
+    basis = np.stack([np.ones_like(t), t, np.exp(-8 * t), np.sin(5 * t), 0.1 * np.sin(11 * t)])
+    long = Prior(tuple(1 - t), basis.T @ basis)
+    steps = tuple(Transition((1.0,), (-1 / total,)) for _ in range(total))
+    for count in (3, 8, 40):  # of which the first two are tried on some of the steps before all
+        best, *others = shortlist(long, steps, count)
+        plain = [expected(long, steps, set(spread(total, count, density))) for density in DENSITIES]
+        assert best.error == pytest.approx(expected(long, steps, set(best.steps))) and best.error < min(plain)
+        assert any(p.steps[1] == 1 for p in (best, *others))

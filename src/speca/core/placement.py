@@ -1,30 +1,34 @@
 """Placement: at which steps to compute in full, so that the error expected at the end is smallest.
 
 The run of a schedule is computed on coefficients of the outputs instead of the outputs themselves, with the same
-forecasts and corrections. With the moments `C` of a prior that gives the expected error without a model, in a few
-milliseconds. A placement is improved by moving full steps until no move lowers the error.
+forecasts and corrections. With the moments `C` of a prior that gives the expected error without a model (`expected`).
+Placements are found by dynamic programming and moving full steps (`core/starts.py`, `core/search.py`), which score many
+at once (`core/course.py`): some tens of milliseconds for 50 steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
+from ..errors import ConfigError
+from .course import Course
 from .prior import DEPTH, Array, Prior
+from .search import search
+from .starts import spread
 from .transition import Transition, advance
 
 LEAST = 4
 """The fewest full steps that a tolerance may choose."""
 
-MOVES, MOVES_OF_TWO = (-1, 1, -2, 2, -4, 4), (-1, 1, -2, 2)
 DENSITIES = (0.9, 1.2, 1.6)
-SWEEPS = 12
+"""Powers of plain schedules; above 1 they are denser at the beginning."""
 
-
+Growth = Sequence[float] | None
 Change = list[Array]
 """Of the sample at a step and of those after it (`core/correction.py`), each as coefficients (T,) of the outputs."""
 
@@ -37,72 +41,75 @@ class Placement:
     error: float
 
 
-def place(prior: Prior, transitions: tuple[Transition, ...], count: int) -> Placement:
-    """Return the best `count` full steps known for a run of the linear sampler `transitions`; step 0 is among them."""
+def place(prior: Prior, transitions: tuple[Transition, ...], count: int, growth: Growth = None) -> Placement:
+    """Return the best `count` full steps known for a run of the linear sampler `transitions`; step 0 is among them.
+
+    `growth` is as in `expected`. What the prior has placed is taken where none is given, as it was found without.
+    """
     total = len(transitions)
     if count >= total:
         return Placement(tuple(range(total)), 0.0)
-    if count in prior.placed:
-        return Placement(prior.placed[count], expected(prior, transitions, set(prior.placed[count])))
-    return shortlist(prior, transitions, count)[0]
+    if count in prior.placed and growth is None:
+        return _scored(prior, transitions, _growths(transitions, None), [tuple(prior.placed[count])])[0]
+    return shortlist(prior, transitions, count, growth)[0]
+
+
+def shortlist(
+    prior: Prior, transitions: tuple[Transition, ...], count: int, growth: Growth = None, include_starts: bool = False
+) -> tuple[Placement, ...]:
+    """Return different placements of `count` full steps, fewer than all, which no move improves; the best first.
+
+    In one of them the second step is in full. The expected error leaves out how outputs change with a sample that is
+    off, so `speca.calibrate` runs the first ones of the list to compare them.
+
+    Args:
+        prior: of the run's T steps.
+        transitions: of the linear sampler, T.
+        count: number of full steps.
+        growth: (T,) by what a deviation of the sample is multiplied after each step, see `expected`.
+        include_starts: whether plain schedules are in the list too: the even one, and those of `DENSITIES`.
+    """
+    growths = _growths(transitions, growth)
+    found = _shortlist(prior, transitions, count, growths)
+    if not include_starts:
+        return found
+    total = len(transitions)
+    even = tuple(index * total // count for index in range(count))
+    plain = dict.fromkeys([even, *(spread(total, count, density) for density in DENSITIES)])
+    known = {placement.steps for placement in found}
+    return _sorted([*found, *_scored(prior, transitions, growths, [p for p in plain if p not in known])])
 
 
 @lru_cache(maxsize=512)
-def shortlist(prior: Prior, transitions: tuple[Transition, ...], count: int) -> tuple[Placement, ...]:
-    """Return different placements of `count` full steps, fewer than all, which no move improves; the best first.
-
-    Found by exchange from schedules of different density, once with the second step in full: each full step in turn is
-    moved where that lowers the expected error, alone or together with the next one. The expected error leaves out
-    how outputs change with a sample that is off, so `speca.calibrate` runs the first ones of the list to compare them.
-    """
-    total, found = len(transitions), dict[tuple[int, ...], Placement]()
-    for kept in (1, 2)[:count]:
-        for density in DENSITIES:
-            start = {
-                *range(kept - 1),
-                *(step + kept - 1 for step in _start(total - kept + 1, count - kept + 1, density)),
-            }
-            placement = _improved(prior, transitions, start, kept)
-            found[placement.steps] = placement
-    return tuple(sorted(found.values(), key=lambda placement: placement.error))
+def _shortlist(
+    prior: Prior, transitions: tuple[Transition, ...], count: int, growth: tuple[float, ...]
+) -> tuple[Placement, ...]:
+    found = search(prior, transitions, count, growth)
+    return _sorted(Placement(steps, error) for steps, error in found.items())
 
 
-def _start(total: int, count: int, density: float) -> set[int]:
-    """`count` steps, the first among them; with a `density` above 1 denser at the beginning."""
-    steps, room = {0}, total
-    for k in range(count - 1, 0, -1):  # from the end, each at least a step before the next
-        room = min(room - 1, max(k, round((total - 1) * (k / (count - 0.5)) ** density)))
-        steps.add(room)
-    return steps
+def _sorted(placements: Iterable[Placement]) -> tuple[Placement, ...]:
+    return tuple(sorted(placements, key=lambda placement: placement.error))
 
 
-def _improved(prior: Prior, transitions: tuple[Transition, ...], start: set[int], kept: int) -> Placement:
-    """The placement that exchange leads to from `start`, whose first `kept` steps stay."""
-    best, least = start, expected(prior, transitions, start)
-    for _ in range(SWEEPS):
-        before = least
-        for index in range(kept, len(start)):
-            trials = _moved(sorted(best), index, len(transitions))
-            errors = [expected(prior, transitions, trial) for trial in trials]
-            if errors and min(errors) < least:
-                least = min(errors)
-                best = trials[errors.index(least)]
-        if least > 0.999 * before:
-            break
-    return Placement(tuple(sorted(best)), least)
-
-
-def _moved(steps: list[int], index: int, total: int) -> list[set[int]]:
-    """The `steps` with the one at `index` moved, alone or together with the next one."""
-    found = []
-    for count, moves in ((1, MOVES), (2, MOVES_OF_TWO)):
-        part = steps[index : index + count]
-        rest = set(steps).difference(part)
-        for move in moves if len(part) == count else ():
-            there = {step + move for step in part}
-            if all(0 < step < total for step in there) and not there & rest:
-                found.append(rest | there)
+def _growths(transitions: Sequence[Transition], growth: Growth) -> tuple[float, ...]:
+    """The growth (T,) at each step as numbers: ones where none is given. Raises ConfigError if it does not fit."""
+    found = (1.0,) * len(transitions) if growth is None else tuple(float(g) for g in growth)
+    if len(found) != len(transitions) or not all(0 < g < math.inf for g in found):
+        raise ConfigError(f"growth takes one positive number for each of {len(transitions)} steps; got {found}.")
     return found
+
+
+def _scored(
+    prior: Prior, transitions: tuple[Transition, ...], growth: tuple[float, ...], placements: Sequence[tuple[int, ...]]
+) -> list[Placement]:
+    """Placements of equally many full steps with the errors expected of them."""
+    if not placements:
+        return []
+    positions = sorted({0, *(step for placement in placements for step in placement)})
+    course = Course(prior, transitions, growth, positions, len(positions))
+    errors = np.sqrt(course.errors(np.searchsorted(positions, placements)))
+    return [Placement(p, e) for p, e in zip(placements, errors.tolist(), strict=True)]
 
 
 def with_placements(prior: Prior, transitions: tuple[Transition, ...]) -> Prior:
@@ -111,28 +118,43 @@ def with_placements(prior: Prior, transitions: tuple[Transition, ...]) -> Prior:
     return replace(prior, placed={count: place(prior, transitions, count).steps for count in counts})
 
 
-def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float) -> Placement:
-    """Return a placement whose expected error is at most `tolerance`, where one full step fewer would exceed it."""
+def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float, growth: Growth = None) -> Placement:
+    """Return a placement whose expected error is at most `tolerance`, where one full step fewer would exceed it.
+
+    `growth` is as in `expected`.
+    """
     few, many = LEAST, len(transitions)
     middle = max(few, many // 2)  # up to here a prior may know its placements
     while few < many:
-        few, many = (few, middle) if place(prior, transitions, middle).error <= tolerance else (middle + 1, many)
+        few, many = (
+            (few, middle) if place(prior, transitions, middle, growth).error <= tolerance else (middle + 1, many)
+        )
         middle = (few + many) // 2
-    while many > LEAST and place(prior, transitions, many - 1).error <= tolerance:  # errors need not fall at each step
+    while (
+        many > LEAST and place(prior, transitions, many - 1, growth).error <= tolerance
+    ):  # errors need not fall at each step
         many -= 1
-    return place(prior, transitions, many)
+    return place(prior, transitions, many, growth)
 
 
-def expected(prior: Prior, transitions: Sequence[Transition], full: set[int], truth: Array | None = None) -> float:
+def expected(
+    prior: Prior,
+    transitions: Sequence[Transition],
+    full: set[int],
+    truth: Array | None = None,
+    growth: Growth = None,
+) -> float:
     """Return the expected error of the sample in a run with the `full` steps: root mean square per element.
 
-    The weights are the prior's, the moments (T, T) its own or those of `truth`.
+    The weights are the prior's, the moments (T, T) its own or those of `truth`. Models answer to a sample that is off,
+    so its deviation may grow or shrink on the way: after each step it is multiplied by the `growth` (T,) there, by
+    default one. The corrector does not know of it. Raises `ConfigError` if `growth` does not fit.
 
     The mean square of the error at the end is added to that at the steps where outputs are computed, in units of the
     straight path. The latter is corrected and has no effect in first order; but outputs change with it in a way that
     moments cannot show (measured, docs/LOG.md).
     """
-    total, moments = len(transitions), prior.moments if truth is None else truth
+    total, growths, moments = len(transitions), _growths(transitions, growth), prior.moments if truth is None else truth
     none: Change = [np.zeros(total)] * len(transitions[0].keep)
     off = none  # what this sample and those after it are off by, as coefficients of the outputs
     met = 0.0  # mean squares of what the sample is off by where outputs are computed
@@ -155,7 +177,7 @@ def expected(prior: Prior, transitions: Sequence[Transition], full: set[int], tr
             drafts.append(step)
         error = used.copy()
         error[step] -= 1
-        off = advance(off, t, error)
+        off = [o * growths[step] for o in advance(off, t, error)]
     return math.sqrt(max(0.0, float(off[0] @ moments @ off[0]) + met / len(full)))
 
 
