@@ -1,4 +1,4 @@
-"""Per-row rings: push, forecast, gather, scatter, bytes, dtype."""
+"""Per-row rings: push, forecast, bytes, dtype."""
 
 from __future__ import annotations
 
@@ -49,23 +49,6 @@ def test_rows_of_equal_weights_give_what_each_gives_alone() -> None:
     torch.testing.assert_close(newest, torch.stack([feature(0, 2), feature(1, 3), feature(2, 2)]))
 
 
-def test_gather_and_scatter_move_rows() -> None:
-    history = History(2, 4)
-    for step in range(3):
-        rows = [0, 1, 2, 3] if step < 2 else [1, 3]
-        history.push(rows, [torch.stack([feature(r, step) for r in rows])])
-    w = torch.tensor([[0.3, 0.7]], dtype=torch.float64)
-    part = history.gather([3, 0])
-    torch.testing.assert_close(part.forecast([0], w), history.forecast([3], w))
-    torch.testing.assert_close(part.forecast([1], w), history.forecast([0], w))
-    empty = History(2, 4)
-    empty.scatter([2, 1], part)
-    torch.testing.assert_close(empty.forecast([2], w), history.forecast([3], w))
-    torch.testing.assert_close(empty.forecast([1], w), history.forecast([0], w))
-    with pytest.raises(IndexError, match="first step must be full"):
-        empty.forecast([0], w)
-
-
 def test_bytes_and_dtype() -> None:
     history = History(2, 3)
     assert history.bytes() == 0
@@ -84,6 +67,13 @@ def test_sums_are_accumulated_in_fp32() -> None:
     out = history.forecast([0], torch.tensor([[101.0, -100.0]], dtype=torch.float64))[0]
     assert out.dtype == torch.bfloat16
     assert out[0, 0].item() == torch.tensor(1808.0).bfloat16().item()
+
+
+def test_a_row_without_a_full_step_cannot_be_forecast() -> None:
+    history = History(2, 2)
+    history.push([1], [torch.ones(1, 3)])
+    with pytest.raises(IndexError, match="first step must be full"):
+        history.forecast([0], [[1.0, 0.0]])
 
 
 def test_a_pushed_feature_may_be_overwritten_afterwards() -> None:

@@ -14,6 +14,7 @@ import speca
 from speca.config import SpecaConfig
 from speca.core.transition import Transition
 from speca.denoiser.branch import Branch
+from speca.denoiser.player import Call
 from speca.denoiser.run import Run
 from speca.sampler.response import Response
 
@@ -39,7 +40,7 @@ def play(
             asked.append((step, rows))
             return made(step, rows)
 
-        outs.append(run.play(branch, step, evaluate))
+        outs.append(run.play(Call(branch, step, evaluate)))
     return branch, asked, outs
 
 

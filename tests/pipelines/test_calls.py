@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchH
 from torch import Tensor
 
 from speca.diffusers.branches import MAX_BRANCHES, Branches
-from speca.diffusers.clock import Clock, Placed
+from speca.diffusers.clock import Clock, Position
 from speca.diffusers.stack import index_of_loop
 
 
@@ -20,9 +20,9 @@ def clock(scheduler: Any) -> Clock:
     return Clock(lambda: scheduler, None)
 
 
-def placed(call: Placed | None) -> tuple[int, bool]:
+def placed(call: Position | None) -> tuple[int, bool]:
     assert call is not None
-    return call.position.index, call.fresh
+    return call.index, call.fresh
 
 
 def named(branches: Branches, calls: Iterable[tuple[int, str | None, object, Tensor]]) -> list[str | None]:
@@ -38,8 +38,8 @@ def test_any_scale_is_looked_up(scale: Any) -> None:
     for i, t in enumerate(scheduler.timesteps):
         call = c.place(scale(t.float()).expand(3))
         assert placed(call) == (i, i == 0)
-        assert call is not None and call.position.total == 50
-        assert call.position.noise == pytest.approx(float(t) / 1000)
+        assert call is not None and call.total == 50
+        assert call.noise == pytest.approx(float(t) / 1000)
 
 
 def test_a_view_of_the_timesteps_needs_no_value() -> None:
@@ -152,10 +152,10 @@ def test_steps_left_out_are_seen() -> None:
 
 
 def test_context_with_index_wins() -> None:
-    c = Clock(None, None)
+    c = Clock(lambda: None, None)
     context = SimpleNamespace(name="cond", step_index=3, num_inference_steps=9, sigma=None)
     call = c.place(torch.tensor([77.0]), context)
-    assert placed(call) == (3, True) and call is not None and call.position.total == 9
+    assert placed(call) == (3, True) and call is not None and call.total == 9
 
 
 def test_clean_tokens_of_a_given_frame_do_not_hide_the_step() -> None:
@@ -188,12 +188,12 @@ def test_what_cannot_be_placed_is_not_guessed() -> None:
     c = clock(scheduler)
     assert c.place(torch.tensor(-500.0)) is None and "not on the scheduler's time axis" in c.problem
     assert clock(scheduler).place(torch.tensor([900.0, 100.0])) is None
-    assert Clock(None, None).place(torch.tensor(3.0)) is None
+    assert Clock(lambda: None, None).place(torch.tensor(3.0)) is None
 
 
 def test_a_call_too_many_of_a_counted_run_is_not_placed() -> None:
     """Time goes on, so it is no new run; going back is one."""
-    c = Clock(None, 4)
+    c = Clock(lambda: None, 4)
     assert [placed(c.place(torch.tensor(t))) for t in (9.0, 7.0, 5.0, 5.0, 1.0)] == [
         (0, True), (1, False), (2, False), (2, False), (3, False),
     ]  # fmt: skip

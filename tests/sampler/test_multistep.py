@@ -121,7 +121,7 @@ def test_samples_are_those_of_the_interpolated_outputs(
     x, largest = start, 0.0
     for i, (t, step) in enumerate(zip(scheduler.timesteps, steps, strict=True)):
         before = [int(a) for a in branch.records[0].anchors]
-        out = run.play(branch, i, lambda rows, i=i: outputs[i].float()).double()
+        out = run.play(player.Call(branch, i, lambda rows, i=i: outputs[i].float())).double()
         if i in full:
             used = outputs[i]
             if before and before[0] < i - 1 and not step.inert:
@@ -129,7 +129,7 @@ def test_samples_are_those_of_the_interpolated_outputs(
                 for j, share in zip(drafted, polynomial(nodes, drafted), strict=True):
                     taken_for[j] = sum((s * outputs[n] for s, n in zip(share, nodes, strict=True)), torch.zeros(()))
         else:
-            used = sum((w * outputs[n] for w, n in zip(forecast(before, i), before, strict=True)), torch.zeros(()))
+            used = sum((w * outputs[n] for w, n in zip(forecast(before, [i])[0], before, strict=True)), torch.zeros(()))
         taken_for.append(used)
         largest = max(largest, (out - used).abs().max().item())  # what was handed over to correct earlier steps
         if hasattr(scheduler, "scale_model_input"):

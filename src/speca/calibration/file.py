@@ -97,18 +97,6 @@ class Calibration:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ConfigError(f"{path} is no calibration ({error}); make one with speca calibrate.") from error
 
-    def fitted(self, config: SpecaConfig) -> SpecaConfig:
-        """Return the configuration with the tolerance that was found, where it is left to a calibration.
-
-        "balanced" then meets the target, and the other presets keep their distance from it.
-        """
-        if not config.calibrated:
-            return config
-        balanced = PRESETS["balanced"]
-        assert isinstance(balanced, SpecaConfig)
-        scale = config.tolerance / balanced.tolerance
-        return dataclasses.replace(config, tolerance=self.tolerance * scale)
-
     @classmethod
     def beside(cls, pipe: Any) -> Calibration | None:
         """Return the calibration in the folder that a pipeline was loaded from, if there is one that fits it."""
@@ -146,6 +134,23 @@ def known_from(calibration: Calibration | Prior | str | Path | Literal[False] | 
         return calibration
     file = Path(calibration)
     return _read(file, file.stat().st_mtime_ns) if file.is_file() else Calibration.load(file)
+
+
+def fitted(config: SpecaConfig, known: Calibration | Prior | None) -> SpecaConfig:
+    """Return the configuration with the tolerance that a calibration found, where it is left to one.
+
+    "balanced" then meets the target, and the other presets keep their distance from it.
+    """
+    if not config.calibrated or not isinstance(known, Calibration):
+        return config
+    balanced = PRESETS["balanced"]
+    assert isinstance(balanced, SpecaConfig)
+    return dataclasses.replace(config, tolerance=known.tolerance * (config.tolerance / balanced.tolerance))
+
+
+def prior_of(known: Calibration | Prior | None) -> Prior | None:
+    """Return the prior of a calibration, or the one that was given."""
+    return known.prior if isinstance(known, Calibration) else known
 
 
 @lru_cache(maxsize=16)

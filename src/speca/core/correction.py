@@ -23,6 +23,7 @@ factor or sign that a pipeline puts on the model's output cancels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -48,24 +49,15 @@ Interpolation = Callable[[Sequence[float], Sequence[float]], Sequence[Sequence[f
 """From K steps with known outputs and n target steps to weights (n, K) that estimate the targets' outputs."""
 
 
-def lagrange(nodes: Sequence[float], target: float) -> list[float]:
-    """Return the weights of the values at `nodes` in the value at `target` of the polynomial through all of them.
-
-    `F(t) = sum_k F_k prod_{m != k} (t - t_m) / (t_k - t_m)`: Newton's form gives the same.
-    """
-    weights = []
-    for k, node in enumerate(nodes):
-        weight = 1.0
-        for m, other in enumerate(nodes):
-            if m != k:
-                weight *= (target - other) / (node - other)
-        weights.append(weight)
-    return weights
-
-
 def polynomial(nodes: Sequence[float], targets: Sequence[float]) -> Sequence[Sequence[float]]:
-    """Return Lagrange's weights (n, K): those of the polynomial of degree K - 1 through all nodes."""
-    return [lagrange(nodes, target) for target in targets]
+    """Return Lagrange's weights (n, K): those of the polynomial of degree K - 1 through all nodes.
+
+    `F(t) = sum_k F_k prod_{m != k} (t - t_m) / (t_k - t_m)` with K different nodes `t_k`.
+    """
+    return [
+        [math.prod((target - other) / (node - other) for other in nodes if other != node) for node in nodes]
+        for target in targets
+    ]
 
 
 def quadrature(

@@ -94,26 +94,6 @@ class History:
             found[(self.pushes[row] - 1 - age) % self.depth] += weight
         return found
 
-    def gather(self, rows: Sequence[int]) -> History:
-        """A copy that holds only `rows`, in that order."""
-        part = History(self.depth, len(rows), self.dtype)
-        part.pushes, part._given = [self.pushes[row] for row in rows], list(self._given)
-        part._buffers = [[slot[on_device(rows, slot.device)] for slot in buffer] for buffer in self._buffers]
-        return part
-
-    def scatter(self, rows: Sequence[int], part: History) -> None:
-        """Write `part`, whose row i becomes row `rows[i]`, into this history."""
-        for i, row in enumerate(rows):
-            self.pushes[row] = part.pushes[i]
-        if not part._buffers:
-            return
-        if not self._buffers:
-            self._given = list(part._given)
-            self._buffers = [[s.new_zeros((self.rows, *s.shape[1:])) for s in buffer] for buffer in part._buffers]
-        for mine, theirs in zip(self._buffers, part._buffers, strict=True):
-            for slot, source in zip(mine, theirs, strict=True):
-                slot[on_device(rows, slot.device)] = source
-
     def bytes(self) -> int:
         """Bytes held, all rows and streams together."""
         return sum(slot.numel() * slot.element_size() for buffer in self._buffers for slot in buffer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,7 +86,3 @@ class Branch:
     def bytes(self) -> int:
         """Return the bytes kept for all rows together."""
         return self.kept.bytes() if self.kept is not None else 0
-
-    def copy_plan(self) -> list[Record]:
-        """Return copies of the records, to ask a planner about a step without changing them."""
-        return [dataclasses.replace(record) for record in self.records]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibration.file import Calibration, known_from
+from ..calibration.file import Calibration, fitted, known_from, prior_of
 from ..config import SpecaConfig
 from ..core.prior import Prior
 from ..errors import ConfigError, InputError, NotEnabledError, nearest
@@ -19,6 +20,7 @@ from ..sampler.function import Prediction, Sampler, broadcast, from_output, func
 from ..sampler.response import Response
 from ..sampler.scheduler import scheduler_response
 from .partial import PartialCalls
+from .player import Call
 from .rows import Invocation
 from .run import Run
 
@@ -77,8 +79,7 @@ class Denoiser:
                 "use speca.enable(module, 'paper', scheduler=...), or another preset."
             )
         known = known_from(calibration)
-        self.model, self.config = model, known.fitted(config) if isinstance(known, Calibration) else config
-        self.prior = known.prior if isinstance(known, Calibration) else known
+        self.model, self.config, self.prior = model, fitted(config, known), prior_of(known)
         self.prediction: Prediction = prediction or ("raw" if scheduler is not None else "denoised")
         if self.prediction not in ("denoised", "noise", "velocity", "raw"):
             valid = nearest(str(prediction), ("denoised", "noise", "velocity", "raw"))
@@ -156,7 +157,8 @@ class Denoiser:
 
         try:
             branch = run.branch(f"call {tuple(x.shape)}", rows)  # a loop that changes the shape begins another branch
-            out = run.play(branch, step, evaluate, x, lambda: self._partial.work(invocation, rows, lambda call: call()))
+            works = partial(self._partial.work, invocation, rows, Invocation.__call__)
+            out = run.play(Call(branch, step, evaluate, x, works))
             run.counted(rows)
             if branch.plain:
                 run.note(f"the model is run plainly from some step on: {branch.plain}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ class Player:
         self.prior, self.executor, self.costs = prior, executor, costs
         flow = bool(transitions) and all(abs(t.jacobian) < STRAIGHT for t in transitions)
         self.density = FLOW_DENSITY if flow else 1.0
+        self.depth = planner.config.anchors if prior is None else DEPTH  # outputs that a forecast is made of
 
     def play(self, call: Call) -> Any:
         """Return the output of one call, computed or forecast, and update the records of its branch.
@@ -111,10 +112,7 @@ class Player:
 
     def plans(self, branch: Branch, step: int) -> list[Plan]:
         """Return what each sample would do at `step`, without changing anything."""
-        records = branch.copy_plan()
-        for record in records:
-            record.step, record.total = step, self.total
-        return [self.planner.plan(record) for record in records]
+        return [self.planner.plan(replace(record, step=step, total=self.total)) for record in branch.records]
 
     def _play(self, call: Call) -> Any:
         branch, began = call.branch, self.executor.now()
@@ -182,9 +180,8 @@ class Player:
         kept.corrector.add_full(rows, main, change)
         if kept.others is not None:
             kept.others.push(rows, streams[1:])
-        depth = self.planner.config.anchors if self.prior is None else DEPTH
         for record in records:
-            record.anchors = [float(call.step), *record.anchors][:depth]
+            record.anchors = [float(call.step), *record.anchors][: self.depth]
         if pending is not None:
             streams[0] = main.float() + (pending if change is None else pending + change)
         return out, streams if pending is not None or not whole else None
@@ -196,21 +193,26 @@ class Player:
 
         Returns by how much outputs here change with the corrected sample (n, ...), None if nothing is corrected.
         """
-        here, change = self.transitions[call.step], None
-        drafted = [r for r in records if corrector.drafts[r.rows[0]]]
-        if drafted and not here.inert:
+        here, change, config = self.transitions[call.step], None, self.planner.config
+        if here.inert:
+            return None
+        if drafted := [r for r in records if corrector.drafts[r.rows[0]]]:
             moved = rows_of(drafted)
             part = on_device([rows.index(row) for row in moved], main.device)
             omega = self._quadrature(call.step, drafted, corrector)
             corrections, sizes = corrector.correction(moved, main[part], [omega[row] for row in moved], here)
-            self._observe(drafted, moved, sizes, corrector)
-            if self.planner.config.corrector:
+            self._observe(drafted, sizes, corrector)
+            if config.corrector:
                 change = torch.zeros_like(main, dtype=torch.float32).index_add_(0, part, corrections[0] * here.jacobian)
                 corrector.add_pending(moved, corrections)
-        enough = self.planner.config.anchors
-        undrafted = [r for r in records if not corrector.drafts[r.rows[0]] and len(r.anchors) >= enough]
-        if undrafted and not here.inert and self._measures(undrafted):
-            self._observe_undrafted(call.step, corrector, undrafted, rows, main)
+        undrafted = [r for r in records if not corrector.drafts[r.rows[0]] and len(r.anchors) >= config.anchors]
+        if self._measures(undrafted):
+            known = rows_of(undrafted)
+            part = on_device([rows.index(row) for row in known], main.device)
+            expected = corrector.forecast(known, self._weights(undrafted, known, call.step))
+            # The innovation in its effect on the next sample: the error of the draft that was not taken.
+            missed = (main[part].float() - expected) * here.effect[0]
+            self._observe(undrafted, missed.flatten(1).square().mean(1).sqrt() / here.size, corrector)
         return change
 
     def _quadrature(
@@ -219,44 +221,28 @@ class Player:
         """The quadrature weights of each row that has drafted; rows with equal pasts share them."""
         rule = polynomial if self.prior is None else self.prior.rule
         found: dict[Any, tuple[tuple[float, ...], ...]] = {}
-        of = {}
+        by_row: dict[int, tuple[tuple[float, ...], ...]] = {}
         for record in drafted:
-            for row in record.rows:
-                past = tuple(record.anchors), tuple(d.position for d in corrector.drafts[row])
-                if past not in found:
-                    found[past] = quadrature([float(step), *record.anchors], corrector.drafts[row], rule)
-                of[row] = found[past]
-        return of
+            drafts = corrector.drafts[record.rows[0]]
+            past = tuple(record.anchors), tuple(d.position for d in drafts)
+            if past not in found:
+                found[past] = quadrature([float(step), *record.anchors], drafts, rule)
+            by_row |= dict.fromkeys(record.rows, found[past])
+        return by_row
 
-    def _observe(self, drafted: Sequence[Record], rows: list[int], sizes: Tensor, corrector: Corrector) -> None:
-        """Let the planner plan by the estimated errors (n,) of drafts."""
-        if not self._measures(drafted):
+    def _observe(self, records: Sequence[Record], sizes: Tensor, corrector: Corrector) -> None:
+        """Let the planner plan by the estimated errors (n,) of drafts, or of the one that was not taken."""
+        if not self._measures(records):
             return
-        by_row = dict(zip(rows, self._read(sizes), strict=True))
-        for record in drafted:
-            error = worst([by_row[row] for row in record.rows])
-            self.planner.observe(record, error, len(corrector.drafts[record.rows[0]]))
-
-    def _observe_undrafted(
-        self, step: int, corrector: Corrector, records: Sequence[Record], rows: list[int], main: Tensor
-    ) -> None:
-        """Let the planner plan by the innovation at a full step that followed a full step: its output less what would
-        have been forecast, in its effect on the next sample."""
-        here, known = self.transitions[step], rows_of(records)
-        part = on_device([rows.index(row) for row in known], main.device)
-        innovation = main[part].float() - corrector.forecast(known, self._weights(records, known, step))
-        sizes = (innovation * here.effect[0]).flatten(1).square().mean(1).sqrt() / here.size
-        by_row = dict(zip(known, self._read(sizes), strict=True))
+        self.costs.host_reads += 1
+        by_row = dict(zip(rows_of(records), self.executor.read(sizes), strict=True))
         for record in records:
-            self.planner.observe(record, worst([by_row[row] for row in record.rows]), 1)
+            drafts = max(1, len(corrector.drafts[record.rows[0]]))
+            self.planner.observe(record, worst([by_row[row] for row in record.rows]), drafts)
 
     def _measures(self, records: Sequence[Record]) -> bool:
         """Whether errors change the plan of any of these; of a budget alone, or a placement, none is read."""
         return self.planner.measures and any(r.placement is None for r in records)
-
-    def _read(self, numbers: Tensor) -> list[float]:
-        self.costs.host_reads += 1
-        return self.executor.read(numbers)
 
     def _kept(self, branch: Branch, out: Any = None, sample: Any = None) -> KeptOutputs:
         """What is kept of the branch, made at its first full step from the output of all its rows."""
@@ -264,11 +250,10 @@ class Player:
             form = OutputForm.of(out, branch.rows, sample)
             if form.uncorrectable:
                 branch.uncorrected = form.uncorrectable
-            depth = self.planner.config.anchors if self.prior is None else DEPTH
             correctable = self.transitions and not branch.uncorrected
             memory = len(self.transitions[0].keep) if correctable else 0
-            corrector = Corrector(depth, branch.rows, memory, TRUST if self.prior is None else math.inf)
-            others = History(depth, branch.rows) if len(form.dtypes) > 1 or form.channels else None
+            corrector = Corrector(self.depth, branch.rows, memory, TRUST if self.prior is None else math.inf)
+            others = History(self.depth, branch.rows) if len(form.dtypes) > 1 or form.channels else None
             branch.kept = KeptOutputs(form, corrector, others)
         assert isinstance(branch.kept, KeptOutputs)
         return branch.kept

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Callable
 from typing import Any
 
 from ..config import MIN_STEPS, SpecaConfig
@@ -11,9 +10,8 @@ from ..core.controller import Planner, Record
 from ..core.generic import FEW, generic
 from ..core.placement import cheapest, place
 from ..core.prior import Prior
-from ..errors import NotEnabledError
 from ..reports.costs import Costs
-from ..reports.report import Report, SampleReport
+from ..reports.report import Report
 from ..sampler.response import Response
 from .branch import Branch
 from .executor import Executor
@@ -24,14 +22,16 @@ class Run:
     """A run of T calls of a denoiser, under way or over. Everything that changes in a run is kept here.
 
     Attributes:
+        config: the settings.
+        response: what the sampler does; without transitions nothing is corrected.
         total: number of steps T.
-        response: what the sampler does.
-        branches: by name, for instance "cond".
+        executor: runs the model; by default at once.
         costs: what the calls have cost.
-        notes: what the user should know of this run.
-        planner: chooses the full steps.
+        planner: chooses the full steps; by default as `config` describes.
         prior: what is known of the outputs beforehand.
         player: answers the calls whose outputs are forecast.
+        branches: by name, for instance "cond".
+        notes: what the user should know of this run.
     """
 
     def __init__(
@@ -44,16 +44,7 @@ class Run:
         costs: Costs | None = None,
         planner: Planner | None = None,
     ) -> None:
-        """
-        Args:
-            config: the settings.
-            response: what the sampler does; without transitions nothing is corrected.
-            total: number of steps T.
-            known: the measured prior of the model, if there is one.
-            executor: runs the model; by default at once.
-            costs: where costs are added up.
-            planner: in place of the one that `config` describes.
-        """
+        """`known` is the measured prior of the model, if there is one; the other arguments are attributes."""
         self.config, self.response, self.total = config, response, total
         self.executor = executor or Executor()
         self.costs = Costs() if costs is None else costs
@@ -87,6 +78,11 @@ class Run:
         c = self.config
         return bool(self.response.transitions or c.speedup or c.schedule or self.planner.exact)
 
+    @property
+    def records(self) -> list[Record]:
+        """The records of all samples in all branches."""
+        return [record for branch in self.branches.values() for record in branch.records]
+
     def note(self, text: str) -> None:
         """Keep a remark for the report, once."""
         if text not in self.notes:
@@ -102,20 +98,13 @@ class Run:
                 record.placement = placement
         return found
 
-    def play(
-        self,
-        branch: Branch,
-        step: int,
-        evaluate: Callable[[Sequence[int] | None], Any],
-        sample: Any = None,
-        partial: Callable[[], bool] = lambda: True,
-    ) -> Any:
-        """Answer one call, see `Call` for the arguments; without forecasts where the run or the branch goes plainly."""
+    def play(self, call: Call) -> Any:
+        """Answer one call, without forecasts where its branch has given up on them."""
         if not self.response.transitions and self.response.reason:
             self.note(f"nothing is corrected: {self.response.reason}.")
-        out = self.player.play(Call(branch, step, evaluate, sample, partial))
-        if branch.uncorrected:
-            self.note(f"nothing is corrected: {branch.uncorrected}.")
+        out = self.player.play(call)
+        if call.branch.uncorrected:
+            self.note(f"nothing is corrected: {call.branch.uncorrected}.")
         return out
 
     def plain(self, branch: Branch, step: int, call: Callable[[], Any]) -> Any:
@@ -153,7 +142,7 @@ class Run:
         Raises:
             NotEnabledError: nothing has run yet.
         """
-        return report_of(model, self.config.to_dict(), self.branches, self.costs, self.notes)
+        return Report.of(model, self.config.to_dict(), self.records, self.costs, self.notes)
 
     # ------------------------------------------------------------------------------------------- the prior
     def _prior_for(self, measured: Prior | None) -> Prior | None:
@@ -185,27 +174,3 @@ class Run:
         if c.speedup and (found is None or len(found.steps) > self.planner.budget(self.total)):
             found = place(self.prior, steps, self.planner.budget(self.total))
         return frozenset(found.steps) if found else None
-
-
-def report_of(
-    model: str, config: dict[str, Any], branches: dict[str, Branch], costs: Costs, notes: Sequence[str]
-) -> Report:
-    """Return the report of a run from its branches and costs.
-
-    Raises:
-        NotEnabledError: nothing has run yet.
-    """
-    if not branches and not notes:
-        raise NotEnabledError("nothing has run yet; call the pipeline first, then ask for the report.")
-    records: dict[int, list[Record]] = {}
-    for branch in branches.values():
-        for record in branch.records:
-            records.setdefault(record.sample, []).append(record)
-    samples = tuple(SampleReport.merge(i, records[i]) for i in sorted(records))
-    return Report(
-        model=model, config=config, steps=max((len(s.decisions) for s in samples), default=0), samples=samples,
-        evaluations=costs.evaluations, evaluations_full=costs.evaluations_full,
-        flops=costs.flops, flops_full=costs.flops_full, seconds=costs.seconds,
-        seconds_full=median(costs.full_rates) * costs.row_calls if costs.full_rates else None,
-        bytes_per_sample=costs.peak // max(1, len(samples)), host_reads=costs.host_reads, notes=tuple(notes),
-    )  # fmt: skip

@@ -6,6 +6,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,12 +19,14 @@ from ..denoiser.arguments import CACHE_ARGUMENTS, PACKED, argument, kind_of, sam
 from ..denoiser.branch import Branch
 from ..denoiser.executor import Evaluation
 from ..denoiser.partial import PartialCalls
+from ..denoiser.player import Call
 from ..denoiser.rows import Invocation, batch_size
 from ..denoiser.run import Run
 from ..errors import NotEnabledError
 from ..reports.report import Report
 from ..verified.drafts import VerifiedDrafts
 from .caller import Caller
+from .clock import Position
 from .companions import bare, foreign_cache, is_compiled, is_compiled_above, is_wrapped_by, learns_order
 from .stack import samples_of_call
 
@@ -40,11 +43,15 @@ class Accelerator:
     Attributes:
         model: the accelerated module.
         config: the settings.
-        known: what was measured of it.
+        scheduler, steps, time: see `enable`; scheduler and steps of a single module only.
+        known: what was measured of the model.
+        stacked: guidance branches that one's own loop stacks in one call.
+        compiled: whether `torch.compile(module)` has wrapped the module.
         drafts: the verified drafts, attached when a run first needs them.
+        partial: whether rows can be computed apart, as far as that was tried.
         before: attributes of the instance that were there before, as they were.
         planner: in place of the one that the settings describe, for callers that are new.
-        curious: test the blocks of the model even where a run is too short to gain from it.
+        testing: whether to test at the next call if its drafts could be verified, for `check`.
         callers: by pipeline.
         last: who called last.
     """
@@ -62,17 +69,7 @@ class Accelerator:
         branches: int = 1,
         compiled: bool = False,
     ) -> None:
-        """
-        Args:
-            model: the module.
-            config: the settings.
-            home: what was enabled: a pipeline, or the module itself, then with its scheduler or number of steps.
-            scheduler, steps: see `enable`.
-            known: what was measured of the model.
-            time: name of the argument that carries the time, by default found by its name.
-            branches: guidance branches that one's own loop stacks in one call.
-            compiled: whether `torch.compile(module)` has wrapped the module.
-        """
+        """`home` is what was enabled: a pipeline, or the module itself; the other arguments are attributes."""
         self.model, self.config, self.known = model, config, known
         self.scheduler, self.steps, self.time, self.stacked = scheduler, steps, time, branches
         self.compiled = compiled
@@ -80,7 +77,7 @@ class Accelerator:
         self.partial = PartialCalls()
         self.before: dict[str, Any] = {}
         self.planner: Planner | None = None
-        self.curious = False
+        self.testing = False
         self.callers: weakref.WeakKeyDictionary[Any, Caller] = weakref.WeakKeyDictionary()
         self.last: Caller | None = None
         self._home = weakref.ref(home)
@@ -94,11 +91,6 @@ class Accelerator:
     def branches(self) -> dict[str, Branch]:
         """Branches of the last run, by name."""
         return self.last.branches if self.last else {}
-
-    @property
-    def notes(self) -> list[str]:
-        """Remarks on the last run."""
-        return self.last.notes if self.last else []
 
     def report(self, target: Any = None) -> Report:
         """Return cost and savings of the last run: of the pipeline `target`, or of any that this model took part in.
@@ -152,11 +144,8 @@ class Accelerator:
         if found is None:
             of = weakref.ref(owner)  # a pipeline may be dropped, or given another scheduler
             own = pipeline is None and (self.scheduler is not None or self.steps is not None)
-            if own:
-                scheduler = (lambda: self.scheduler) if self.scheduler is not None else None
-                found = Caller(scheduler, self.steps, self.config, self.known)
-            else:
-                found = Caller(lambda: getattr(of(), "scheduler", None), None, self.config, self.known)
+            scheduler = (lambda: self.scheduler) if own else (lambda: getattr(of(), "scheduler", None))
+            found = Caller(scheduler, self.steps if own else None, self.config, self.known)
             found.planner = self.planner
         self.callers[owner] = found
         return found
@@ -168,7 +157,7 @@ class Accelerator:
         if caller is None or run is None or self._checked(caller, run) is not None or run.idle:
             return False
         index = caller.clock.peek(time)
-        if index is None or not run.branches or index <= caller.begin:
+        if index is None or index <= caller.begin:
             return False
         step = index - caller.begin
         plans = [plan for b in run.branches.values() if b.last == step - 1 for plan in run.player.plans(b, step)]
@@ -190,27 +179,27 @@ class Accelerator:
             return caller.executor.plain(call)
         run = caller.run
         assert run is not None
-        step = placed.position.index - caller.begin
+        step, kind = placed.index, kind_of(arguments, time)
+        if self.testing:
+            self._test(caller, call, rows, kind)
         if run.idle:
             self._note(caller, run.idle)
-            if not self.curious:
-                return self._plain(caller, run, call, step, rows)
-        if placed.jumped:
-            run.note(
-                f"steps before step {placed.position.index} were left out; what was kept of earlier ones was dropped."
-            )
+        elif placed.jumped:
+            run.note(f"steps before step {placed.index} were left out; what was kept of earlier ones was dropped.")
         run.missed(step)
-        branch_name = caller.names.name(step, context, (id(self), rows, kind_of(arguments, time)), arguments)
+        branch_name = caller.names.name(step, context, (id(self), rows, kind), arguments)
         if branch_name is None:
-            self._note(caller, f"a call runs plainly: step {placed.position.index} was given to the model too often.")
+            self._note(caller, f"a call runs plainly: step {placed.index} was given to the model too often.")
             return caller.executor.plain(call)
         branch = run.branches.get(branch_name) or run.branch(branch_name, rows, self._rows_per_sample(rows))
         caller.took_part(name)
         try:
+            if run.idle:
+                return run.plain(branch, step, call)
             checked = self._checked(caller, run)
             if checked is None:
                 return self._forecast(caller, run, branch, step, call, arguments[noisy])
-            return self._verify(caller, run, checked, branch, step, placed.position.noise, call=call, time=time)
+            return self._verify(caller, run, checked, branch, placed, call, kind)
         finally:
             run.counted(rows)
 
@@ -225,10 +214,8 @@ class Accelerator:
             count = branch.rows if rows is None else len(rows)
             return executor.run(Evaluation(part, count, step, run.total, model))
 
-        def partial() -> bool:
-            return self.partial.work(call, branch.rows, executor.plain)
-
-        out = run.play(branch, step, evaluate, sample, partial)
+        works = partial(self.partial.work, call, branch.rows, executor.plain)
+        out = run.play(Call(branch, step, evaluate, sample, works))
         if branch.plain:
             self._note(caller, f"{type(self.model).__name__} runs plainly from step {step} on: {branch.plain}.")
         return out
@@ -238,45 +225,42 @@ class Accelerator:
         settings of their own."""
         if isinstance(caller.config, VerifiedConfig):
             return caller.config
-        if run.planned and not self.curious:
+        if run.planned:
             return None
         return VerifiedConfig(**{**UNPLANNED.to_dict(), "threshold": run.config.threshold})
 
     def _verify(
-        self, caller: Caller, run: Run, config: VerifiedConfig, branch: Branch, step: int, noise: float, *,
-        call: Invocation, time: str | None,
+        self, caller: Caller, run: Run, config: VerifiedConfig, branch: Branch, placed: Position, call: Invocation,
+        kind: object,
     ) -> Any:  # fmt: skip
         """Verified drafts; the model runs plainly where its blocks do not allow them."""
         name = type(self.model).__name__
         if run.response.reason:
             run.note(f"nothing is corrected: {run.response.reason}.")
-        reason = self._unverifiable() or self.drafts.attach()
+        reason = self._unverifiable()
         if not reason:
             self.drafts.renew(run)
-            kind = kind_of(call.arguments, time)
-            out, reason = self.drafts.play(run, config, branch, step, noise, call, kind, curious=self.curious)
+            out, reason = self.drafts.play(run, config, branch, placed.index, placed.noise, call, kind)
             if reason:
-                where = f" from step {step} on" if branch.plain else ""
+                where = f" from step {placed.index} on" if branch.plain else ""
                 self._note(caller, f"{name} runs plainly{where}: {reason}")
             return out
         self._note(caller, f"{name} runs plainly: {reason}.")
-        return run.plain(branch, step, call)
+        return run.plain(branch, placed.index, call)
+
+    def _test(self, caller: Caller, call: Invocation, rows: int, kind: object) -> None:
+        """Find out whether drafts could be verified; the call itself is answered afterwards, as ever."""
+        self.testing = False
+        if reason := self._unverifiable() or self.drafts.test(caller.executor, call, rows, kind):
+            self._note(caller, f"drafts of {type(self.model).__name__} cannot be verified: {reason}")
 
     def _unverifiable(self) -> str:
-        """Why drafts that run some blocks only are impossible now, empty if they are possible."""
+        """Why drafts that run some blocks only are impossible now, empty if the gate in the blocks is attached."""
         if self.compiled or is_compiled(self.model):
             return f"it was compiled as a whole, and drafts run some of its blocks only: {COMPILE_BLOCKS}"
         if learns_order(self.model):
             return "diffusers learns from this step what to fetch ahead"
-        return ""
-
-    def _plain(self, caller: Caller, run: Run, call: Invocation, step: int, rows: int) -> Any:
-        """A call of a run that is left alone, recorded all the same."""
-        branch = run.branch("call", rows, self._rows_per_sample(rows))
-        caller.took_part(type(self.model).__name__)
-        out = run.plain(branch, step, call)
-        run.counted(rows)
-        return out
+        return self.drafts.attach()
 
     def _rows_per_sample(self, rows: int) -> int:
         """Rows of one sample in a call: its guidance branches, which the pipeline or the user has stacked."""

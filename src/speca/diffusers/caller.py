@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from ..calibration.file import Calibration
+from ..calibration.file import Calibration, fitted, prior_of
 from ..config import Config, SpecaConfig
 from ..core.controller import Planner
 from ..core.prior import Prior
 from ..denoiser.branch import Branch
 from ..denoiser.executor import Executor
-from ..denoiser.run import Run, report_of
+from ..denoiser.run import Run
 from ..reports.costs import Costs
 from ..reports.report import Report
 from ..sampler.response import Response
 from ..sampler.scheduler import scheduler_response
 from .branches import Branches
-from .clock import Clock, Placed
+from .clock import Clock, Position
 from .stack import step_arguments
 
 
@@ -29,7 +30,7 @@ class Caller:
         names: tells branches apart.
         config: the settings, with what a calibration gives.
         known: the measured prior of the model, if there is one.
-        executor: runs the models; an engine puts its own in place.
+        executor: runs the models, at once unless an engine gives its own.
         planner: in place of the one that the settings describe.
         run: the run under way or the last one, None before the first call that could be placed.
         running: whether a run is under way.
@@ -39,25 +40,16 @@ class Caller:
 
     def __init__(
         self,
-        scheduler: Callable[[], Any] | None,
+        scheduler: Callable[[], Any],
         steps: int | None,
         config: Config,
         known: Calibration | Prior | None = None,
         executor: Executor | None = None,
     ) -> None:
-        """
-        Args:
-            scheduler: returns the scheduler in use at the moment of a call, as pipelines let users swap it.
-            steps: number of steps, where no scheduler is known.
-            config: the settings.
-            known: what was measured of the model.
-            executor: runs the models; by default at once.
-        """
+        """`scheduler` and `steps` are for the clock, `known` is what was measured of the model."""
         self.clock, self.names = Clock(scheduler, steps), Branches()
-        self._scheduler = scheduler
-        fits = isinstance(known, Calibration) and isinstance(config, SpecaConfig)
-        self.config: Config = known.fitted(config) if fits else config  # type: ignore[union-attr, arg-type]
-        self.known = known.prior if isinstance(known, Calibration) else known
+        self.config = fitted(config, known) if isinstance(config, SpecaConfig) else config
+        self.known = prior_of(known)
         self.executor = executor or Executor()
         self.planner: Planner | None = None
         self.run: Run | None = None
@@ -71,8 +63,8 @@ class Caller:
         self.begin = 0
         self.names.reset()
 
-    def place(self, given: Any, context: Any) -> Placed | None:
-        """Return where a call stands, None if it cannot be found; a new run begins where a new one is seen."""
+    def place(self, given: Any, context: Any) -> Position | None:
+        """Return where a call stands in its run, None if it cannot be found; a run begins where a new one is seen."""
         if not self.running:
             self._start()
         reads = self.clock.device_reads
@@ -80,26 +72,27 @@ class Caller:
         if placed is not None and placed.fresh:
             if self.run is not None:  # the run before was broken off, or was a loop that tells of no end
                 self._start()
-            self.begin = placed.position.index
-            total = placed.position.total - self.begin
+            self.begin, total = placed.index, placed.total - placed.index
             planned = self.config if isinstance(self.config, SpecaConfig) else None
-            response = self._response(placed.position.total) if planned else Response()
+            response = self._response(total) if planned else Response()
             config = planned or SpecaConfig(prior="none", corrector=False)
             self.run = Run(config, response, total, self.known, self.executor, self.costs, self.planner)
             self.run.notes[:0] = self.notes
             self.notes = self.run.notes
         self.costs.host_reads += self.clock.device_reads - reads
-        return placed
+        if placed is None:
+            return None
+        return replace(placed, index=placed.index - self.begin, total=placed.total - self.begin)
 
     def _response(self, total: int) -> Response:
         """What the scheduler in use does in the run that begins."""
-        scheduler = self._scheduler() if self._scheduler else None
+        scheduler = self.clock.scheduler()
         if scheduler is None:
             return Response(reason="the scheduler is not known; pass scheduler= to speca.enable")
         found = scheduler_response(scheduler, self.begin, **step_arguments())
         steps = len(found.transitions)
-        if steps and steps != total - self.begin:
-            reason = f"{type(scheduler).__name__} has {steps} timesteps for {total - self.begin} steps"
+        if steps and steps != total:
+            reason = f"{type(scheduler).__name__} has {steps} timesteps for {total} steps"
             return Response(noise=found.noise, times=found.times, reason=reason)
         return found
 
@@ -134,4 +127,5 @@ class Caller:
             NotEnabledError: nothing has run yet.
         """
         name = ", ".join(self.models) or model
-        return report_of(name, self.config.to_dict(), self.branches, self.costs, self.notes)
+        records = self.run.records if self.run is not None else []
+        return Report.of(name, self.config.to_dict(), records, self.costs, self.notes)

@@ -8,7 +8,7 @@ up in, and, for a bare model with only a number of steps, from the changes of th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,19 +18,19 @@ from .stack import index_of_loop
 
 @dataclass(frozen=True)
 class Position:
-    """Where a step stands: index from 0, number of steps, and diffusion time (about 1 at pure noise, 0 at the end)."""
+    """Where a call stands.
+
+    Attributes:
+        index, total: index of the step, from 0, and number of steps.
+        noise: diffusion time, about 1 at pure noise and 0 at the end.
+        fresh: whether it begins a new run.
+        jumped: whether steps before it were left out.
+    """
 
     index: int
     total: int
     noise: float
-
-
-@dataclass(frozen=True)
-class Placed:
-    """Where a call stands: its position, whether it begins a new run, and whether steps before it were left out."""
-
-    position: Position
-    fresh: bool
+    fresh: bool = False
     jumped: bool = False
 
 
@@ -42,9 +42,13 @@ class Clock:
         device_reads: times that a timestep was read from the device.
     """
 
-    def __init__(self, scheduler: Callable[[], Any] | None, num_inference_steps: int | None) -> None:
-        """`scheduler` returns the scheduler in use at the moment of the call (pipelines let users swap it)."""
-        self._scheduler, self._steps = scheduler, num_inference_steps
+    def __init__(self, scheduler: Callable[[], Any], num_inference_steps: int | None) -> None:
+        """
+        Args:
+            scheduler: returns the scheduler in use at the moment of a call, as pipelines let users swap it, or None.
+            num_inference_steps: number of steps, where no scheduler is known.
+        """
+        self.scheduler, self._steps = scheduler, num_inference_steps
         self._timesteps: Any = None
         self._values: list[float] = []
         self._trained = 1000.0
@@ -62,11 +66,11 @@ class Clock:
 
     def host_index(self) -> int | None:
         """Return the step index that the scheduler keeps on the host, or will begin with; None where it keeps none."""
-        scheduler = self._scheduler() if self._scheduler else None
+        scheduler = self.scheduler()
         kept = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
         return next((index for index in kept if isinstance(index, int)), None)
 
-    def place(self, given: Any, context: Any = None) -> Placed | None:
+    def place(self, given: Any, context: Any = None) -> Position | None:
         """Place a call by the timestep given to the model and its CacheContext.
 
         Returns None if its step cannot be found, and `problem` says why; the call is then to be run plainly.
@@ -86,7 +90,8 @@ class Clock:
             self._calls, self._usual = 0, 0 if fresh else self._calls
         self._calls += 1
         self._last, self._time = position, time
-        return Placed(position, fresh, not fresh and last is not None and position.index > last.index + 1)
+        jumped = not fresh and last is not None and position.index > last.index + 1
+        return replace(position, fresh=fresh, jumped=jumped)
 
     def peek(self, given: Any) -> int | None:
         """Return the step index of a call of another model at the time `given`, without placing it; None if unknown."""
@@ -99,7 +104,7 @@ class Clock:
 
     def _refresh(self) -> bool:
         """Take over the scheduler's timesteps; true if they were set anew, as each pipeline run does."""
-        scheduler = self._scheduler() if self._scheduler else None
+        scheduler = self.scheduler()
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or timesteps is self._timesteps:
             return False
@@ -168,7 +173,8 @@ class Clock:
         """
         slack, begin = 0.004 * max(map(abs, self._values)), self._begin()
         if self._scale is None:
-            best = min((self._nearest(time, scale, begin), scale) for scale in self._scales())
+            scales = (1.0, 0.0), (1 / self._trained, 0.0), (-1 / self._trained, 1.0)  # t, t / T, 1 - t / T
+            best = min((self._nearest(time, scale, begin), scale) for scale in scales)
             self._scale = best[1] if best[0][0] <= slack else None
         if self._scale is None:
             return None
@@ -190,18 +196,15 @@ class Clock:
 
         Where time goes on but the index does not, another scheduler is in use.
         """
-        if not hasattr(self._scheduler() if self._scheduler else None, "step_index"):
+        if not hasattr(self.scheduler(), "step_index"):
             return None
         kept = self.host_index()
         index = self._begin() if kept is None else min(kept, len(self._values) - 1)
         stands = self._last is not None and self._last.index == index and self._time != time
         return None if stands else index
 
-    def _scales(self) -> tuple[tuple[float, float], ...]:
-        """Factor and shift of the scales in use: t, t / T, 1 - t / T."""
-        return (1.0, 0.0), (1 / self._trained, 0.0), (-1 / self._trained, 1.0)
-
     def _miss(self, time: float, scale: tuple[float, float], index: int) -> float:
+        """How far `time` is from a timestep in a scale: a factor and a shift."""
         return round(abs(self._values[index] * scale[0] + scale[1] - time) / abs(scale[0]), 6)
 
     def _nearest(self, time: float, scale: tuple[float, float], near: int) -> tuple[float, int, int]:
@@ -209,7 +212,7 @@ class Clock:
         return min((self._miss(time, scale, i), abs(i - near), i) for i in range(len(self._values)))
 
     def _begin(self) -> int:
-        begin = getattr(self._scheduler() if self._scheduler else None, "begin_index", None)
+        begin = getattr(self.scheduler(), "begin_index", None)
         return begin if isinstance(begin, int) else 0
 
     def _count(self, time: float) -> Position | None:
@@ -229,15 +232,10 @@ class Clock:
         return Position(index, self._steps, time)
 
     def _turned(self, time: float) -> bool:
-        """Whether time moves against the direction of the run so far."""
-        return self._time is not None and self._direction * (time - self._time) < 0
-
-    @property
-    def _direction(self) -> float:
-        """Sign of the movement of time: -1 where time counts down, 0 before the second step."""
+        """Whether time moves against the direction of the run so far; never before the second step."""
         if self._time is None or self._start is None:
-            return 0.0
-        return float((self._time > self._start) - (self._time < self._start))
+            return False
+        return (self._time - self._start) * (time - self._time) < 0
 
 
 def _steps_of(scheduler: Any, values: list[float]) -> list[float]:

@@ -207,20 +207,19 @@ def _demand_blocks(model: nn.Module) -> None:
 
 
 def _attach_controlnets(target: Any, models: list[nn.Module]) -> None:
-    from .hook import register_controlnet
+    from .hook import ControlNetHook, register
 
     accelerators = [model.__dict__[ATTRIBUTE] for model in models]
     for model in controlnets_of(target):
         if CONTROLNET not in model.__dict__ and not isinstance(accelerators[0].config, VerifiedConfig):
             before = {n: model.__dict__[n] for n in ("forward", "_diffusers_hook") if n in model.__dict__}
-            register_controlnet(
-                model, lambda pipe, time: any(a.is_drafted(pipe, time) for a in accelerators), time_of_call(model), HOOK
-            )
+            hook = ControlNetHook(lambda p, time: any(a.is_drafted(p, time) for a in accelerators), time_of_call(model))
+            register(model, hook, HOOK)
             model.__dict__[CONTROLNET] = before
 
 
 def _attach(model: nn.Module, accelerator: Accelerator) -> None:
-    from .hook import register
+    from .hook import RootHook, register
     from .stack import calling_pipeline
 
     inner = bare(model)
@@ -232,7 +231,7 @@ def _attach(model: nn.Module, accelerator: Accelerator) -> None:
         accelerator.before |= {
             n: inner.__dict__[n] for n in ("_diffusers_hook", "_reset_stateful_cache") if n in inner.__dict__
         }
-        register(model, accelerator, HOOK)
+        register(model, RootHook(accelerator), HOOK)
     if not hasattr(inner, "_reset_stateful_cache"):  # classes without CacheMixin: pipelines reset what has the name
         inner.__dict__["_reset_stateful_cache"] = lambda recurse=True: accelerator.end(calling_pipeline())
     model.__dict__[ATTRIBUTE] = accelerator

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,22 +13,9 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, HookFunctionReference, StateManager
 from torch import nn
 
+from .accelerator import Accelerator
 from .companions import bare, through_compiled
 from .stack import calling_pipeline
-
-
-class Answering(Protocol):
-    """What the hook hands calls to: an accelerator."""
-
-    def call(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any, pipeline: Any
-    ) -> Any:
-        """Answer a call of the model."""
-        ...
-
-    def end(self, pipeline: Any = None) -> None:
-        """End the run of a pipeline."""
-        ...
 
 
 class _State(BaseState):
@@ -58,12 +45,12 @@ class _Contexts(StateManager):
         return _HERE.get().get(id(self))
 
 
-class _RootHook(ModelHook):
+class RootHook(ModelHook):
     """Replaces the forward of one model; the original one is called by the accelerator."""
 
     _is_stateful = True
 
-    def __init__(self, accelerator: Answering) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         super().__init__()
         self.accelerator = accelerator
         self.contexts = _Contexts()
@@ -79,12 +66,17 @@ class _RootHook(ModelHook):
         return module
 
 
-class _ControlNetHook(ModelHook):
+class ControlNetHook(ModelHook):
     """Returns the outputs of the step before where the denoiser's coming call is forecast, and so does not use them."""
 
     _is_stateful = False
 
     def __init__(self, is_drafted: Callable[[Any, Any], bool], time: Callable[..., Any]) -> None:
+        """
+        Args:
+            is_drafted: from a pipeline and a time to whether its denoiser's call then is forecast.
+            time: from the arguments of a call of the ControlNet to its time.
+        """
         super().__init__()
         self.is_drafted, self.time = is_drafted, time
         self.kept: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by pipeline, its last outputs
@@ -115,26 +107,8 @@ class _Reference(HookFunctionReference):
         self.original_forward = following
 
 
-def register(model: nn.Module, accelerator: Answering, name: str) -> None:
-    """Let the accelerator answer the calls of the model."""
-    _register(model, _RootHook(accelerator), name)
-
-
-def register_controlnet(
-    model: nn.Module, is_drafted: Callable[[Any, Any], bool], time: Callable[..., Any], name: str
-) -> None:
-    """Skip calls of a ControlNet whose outputs are not used.
-
-    Args:
-        model: the ControlNet.
-        is_drafted: from a pipeline and a time to whether its denoiser's call then is forecast.
-        time: from the arguments of a call of the ControlNet to its time.
-        name: of the hook.
-    """
-    _register(model, _ControlNetHook(is_drafted, time), name)
-
-
-def _register(model: nn.Module, hook: ModelHook, name: str) -> None:
+def register(model: nn.Module, hook: ModelHook, name: str) -> None:
+    """Let a hook answer the calls of a model."""
     registry = HookRegistry.check_if_exists_or_initialize(model)
     if registry._module_ref is not model:  # a copy.copy has that of the original, a compiled wrapper what it wraps has
         registry = bare(model).__dict__["_diffusers_hook"] = HookRegistry(model)

@@ -10,6 +10,7 @@ from typing import Any
 from ..config import Config
 from ..diffusers.accelerator import Accelerator
 from ..diffusers.enable import accelerators_of, disable, enable
+from ..verified.probe import Discovery
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +75,15 @@ def check(target: Any, call: Callable[[], object], preset: str | Config = "balan
 
     Raises:
         ConfigError, UnsupportedModelError: as `enable`.
-        InputError: the call did not run the model.
     """
     enable(target, preset, **settings)
     try:
         accelerators = accelerators_of(target)
         for accelerator in accelerators:
-            accelerator.curious = True
+            accelerator.testing = True
         call()
         tested = next((a for a in accelerators if a.drafts.findings), accelerators[0])
-        found, sampler = _finding(tested), _sampler(tested)
-        for accelerator in accelerators:
-            accelerator.curious = False
-        if found.supported or sampler.startswith("linear"):
-            call()  # once more as it will be, to see what it holds
-            found = dataclasses.replace(found, bytes_per_sample=tested.report().bytes_per_sample or None)
-        return dataclasses.replace(found, sampler=sampler)
+        return _finding(tested)
     finally:
         disable(target)
 
@@ -106,24 +100,14 @@ def _sampler(accelerator: Accelerator) -> str:
 
 
 def _finding(accelerator: Accelerator) -> CheckReport:
-    found = next(iter(accelerator.drafts.findings.values()), None)
-    name = type(accelerator.model).__name__
-    if found is None:
-        reason = "; ".join(accelerator.notes) or "the call given to check did not run it"
-        return CheckReport(
-            model=name, supported=False, reason=reason, sampler="", blocks="", verify_block="", state=(),
-            self_test="not run", bytes_per_sample=None, flops_full=None, flops_draft=None,
-        )  # fmt: skip
+    """What the self-test and the run have shown of one model."""
+    last = accelerator.last
+    held = accelerator.report().bytes_per_sample if last is not None else 0
+    reason = "; ".join(last.notes) if last is not None else "the call given to check did not run it"
+    found = next(iter(accelerator.drafts.findings.values()), None) or Discovery(False, reason)
     return CheckReport(
-        model=name,
-        supported=found.supported,
-        reason=found.reason,
-        sampler="",
-        blocks=", ".join(f"{n} x {k}" for n, k in found.blocks),
-        verify_block=found.verify_block,
-        state=found.state,
-        self_test=found.self_test,
-        bytes_per_sample=None,
-        flops_full=found.flops_full,
-        flops_draft=found.flops_checked,
-    )
+        model=type(accelerator.model).__name__, supported=found.supported, reason=found.reason,
+        sampler=_sampler(accelerator), blocks=", ".join(f"{n} x {k}" for n, k in found.blocks),
+        verify_block=found.verify_block, state=found.state, self_test=found.self_test, bytes_per_sample=held or None,
+        flops_full=found.flops_full, flops_draft=found.flops_checked,
+    )  # fmt: skip

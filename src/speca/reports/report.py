@@ -7,9 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..core.controller import ACCEPTED, FULL, REJECTED, Record
+from ..errors import NotEnabledError
+from .costs import Costs
 
 COST = {ACCEPTED: 0, FULL: 1, REJECTED: 2}
 COLOURS = {FULL: "#1f3b57", ACCEPTED: "#8fd0a5", REJECTED: "#d8573c"}
@@ -108,6 +111,29 @@ class Report:
     bytes_per_sample: int
     host_reads: int
     notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(
+        cls, model: str, config: dict[str, Any], records: Sequence[Record], costs: Costs, notes: Sequence[str]
+    ) -> Report:
+        """Return the report of a run from the records of its samples in all branches, and its costs.
+
+        Raises:
+            NotEnabledError: nothing has run yet.
+        """
+        if not records and not notes:
+            raise NotEnabledError("nothing has run yet; call the pipeline first, then ask for the report.")
+        of_sample: dict[int, list[Record]] = {}
+        for record in records:
+            of_sample.setdefault(record.sample, []).append(record)
+        samples = tuple(SampleReport.merge(i, of_sample[i]) for i in sorted(of_sample))
+        return cls(
+            model=model, config=config, steps=max((len(s.decisions) for s in samples), default=0), samples=samples,
+            evaluations=costs.evaluations, evaluations_full=costs.evaluations_full,
+            flops=costs.flops, flops_full=costs.flops_full, seconds=costs.seconds,
+            seconds_full=median(costs.full_rates) * costs.row_calls if costs.full_rates else None,
+            bytes_per_sample=costs.peak // max(1, len(samples)), host_reads=costs.host_reads, notes=tuple(notes),
+        )  # fmt: skip
 
     @property
     def flops_speedup(self) -> float:

@@ -9,6 +9,7 @@ from torch import nn
 from ..config import VerifiedConfig
 from ..denoiser.arguments import PACKED
 from ..denoiser.branch import Branch
+from ..denoiser.executor import Executor
 from ..denoiser.rows import Invocation, join, owners, split
 from ..denoiser.run import Run
 from ..errors import ConfigError
@@ -73,8 +74,7 @@ class VerifiedDrafts:
         return next((f for f in wider if f.supported and not f.ragged and not uneven), UNKNOWN)
 
     def play(
-        self, run: Run, config: VerifiedConfig, branch: Branch, step: int, noise: float, call: Invocation, kind: object,
-        *, curious: bool = False,
+        self, run: Run, config: VerifiedConfig, branch: Branch, step: int, noise: float, call: Invocation, kind: object
     ) -> tuple[Any, str]:  # fmt: skip
         """Run one call; also return the reason if the model runs without forecasts, else an empty string.
 
@@ -85,7 +85,6 @@ class VerifiedDrafts:
             step, noise: index of the step and diffusion time.
             call: the model's original forward and its arguments.
             kind: key of the finding; calls with equal kinds share one finding.
-            curious: test the model even where the run is too short to gain from it.
         """
         player = VerifiedPlayer(config, self.rule or rule(config), run.executor, run.costs)
         short = player.rule.idle(run.total)
@@ -95,7 +94,7 @@ class VerifiedDrafts:
             branch.uses = tuple(weights(call.arguments, branch.rows))
         key = (kind, owners(call.arguments, branch.rows), branch.uneven)
         work = Work(branch, step, run.total, noise, self.gate, self.known(key), call)
-        if work.finding is UNKNOWN and (curious or not short):
+        if work.finding is UNKNOWN and not short:
             return self._discover(run, player, work, key)
         if work.finding.supported and not short and not branch.plain:
             return player.play(work), branch.plain
@@ -105,12 +104,20 @@ class VerifiedDrafts:
             run.costs.count_flops(branch.rows * full, branch.rows * full)
         return out, reason
 
+    def test(self, executor: Executor, call: Invocation, rows: int, kind: object) -> str:
+        """Self-test drafts on a call of `rows` rows unless its `kind` was tested; return why they fail, or nothing."""
+        used = weights(call.arguments, rows) if rows > 1 else []
+        key = (kind, owners(call.arguments, rows), len(set(used)) > 1)
+        if self.known(key) is UNKNOWN:
+            self.findings[key] = self._first(executor, call, rows)[1]
+        return "" if self.known(key).supported else self.known(key).reason
+
     def _discover(
         self, run: Run, player: VerifiedPlayer, work: Work, key: tuple[object, object, bool]
     ) -> tuple[Any, str]:
         """Run the first call of its kind in full and self-test the model on it."""
         began, rows = run.executor.now(), work.branch.rows
-        out, finding, features = self._first(run, work.invocation, rows)
+        out, finding, features = self._first(run.executor, work.invocation, rows)
         self.findings[key] = finding
         work.branch.note_full(work.step, run.total)
         run.costs.evaluations += rows
@@ -129,23 +136,23 @@ class VerifiedDrafts:
         run.note("cost and time include the self-test, which runs once for a model and input size")
         return out, ""
 
-    def _first(self, run: Run, call: Invocation, rows: int) -> tuple[Any, Discovery, tuple[Any, ...]]:
+    def _first(self, executor: Executor, call: Invocation, rows: int) -> tuple[Any, Discovery, tuple[Any, ...]]:
         """Run the first call of its kind and self-test drafts on it; return the model's output, the finding, and the
         features (B, ...) to record (none if the model is not supported).
 
         For an engine, which batches rows of several requests, a single row is tested together with a second one: two
         rows are needed to find the batch dimension of features and to test that rows are independent.
         """
-        if rows == 1 and run.executor.joins and type(self.model).__name__ not in PACKED:
+        if rows == 1 and executor.joins and type(self.model).__name__ not in PACKED:
             try:
                 two = Invocation(call.function, join([call.arguments, scaled(call.arguments)], [1, 1]))
-                out, finding, features = run.executor.first(lambda: self._test(two, 2), 2)
+                out, finding, features = executor.first(lambda: self._test(two, 2), 2)
             except Exception:  # the model cannot take two rows: run each call of this kind alone
                 self.gate.forget()
             else:
                 if finding.supported:
                     return split(out, [1, 1])[0], finding, tuple(f[:1] for f in features)
-        found: tuple[Any, Discovery, tuple[Any, ...]] = run.executor.first(lambda: self._test(call, rows), rows)
+        found: tuple[Any, Discovery, tuple[Any, ...]] = executor.first(lambda: self._test(call, rows), rows)
         return found
 
     def _test(self, call: Invocation, rows: int) -> tuple[Any, Discovery, tuple[Any, ...]]:
