@@ -1,4 +1,4 @@
-"""Emoji-64: the captioned pictures that `emoji-flux` and `emoji-video` learn from.
+"""Emoji-64: the captioned pictures that `emoji-flux`, `emoji-unet` and `emoji-video` learn from.
 
     python recipes/emoji_data.py --sheet emoji.png      # download, check, and look at what there is
 

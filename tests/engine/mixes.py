@@ -35,7 +35,8 @@ SCHEDULERS: dict[str, list[Any]] = {
 }
 GUIDANCE: dict[str, list[float]] = {
     "tiny-dit": [1.0, 4.0], "fashion-dit": [4.0, 2.0], "flux": [3.5, 1.5], "hunyuan-video-cfg": [6.0, 2.0],
-    "wan-2.1": [5.0, 2.0], "sd3": [7.0, 3.0], "emoji-flux": [3.0, 5.0], "emoji-video": [3.0, 5.0],
+    "wan-2.1": [5.0, 2.0], "sd3": [7.0, 3.0], "emoji-flux": [3.0, 5.0], "emoji-unet": [4.0, 2.0],
+    "emoji-video": [3.0, 5.0],
 }  # fmt: skip
 BUNDLED = [card.name for card in zoo.models()]
 TINY = ["hunyuan-video-cfg", "wan-2.1", "sd3", "qwen-image"]
