@@ -4,7 +4,7 @@
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep bench bench-run bench-gpu check fix clean
+.PHONY: help demo test sweep bench bench-run bench-gpu bench-placement check fix clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 help:  ## list the targets
-	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## ten garments with and without SpeCa, side by side, into demo-out/
 	$(BIN)/speca generate fashion-dit $(LABELS:%=--label %) --label "ankle boot" \
@@ -41,6 +41,9 @@ bench-run: $(STAMP)  ## measure anew: the full suite on MODEL=fashion-dit (up to
 
 bench-gpu: $(STAMP)  ## full-size models with random weights on one GPU, in nine minutes
 	$(BIN)/python recipes/bench_gpu.py
+
+bench-placement: $(STAMP)  ## time the search for full steps beside the exchange search (some ten minutes)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python recipes/bench_placement.py
 
 check: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .
