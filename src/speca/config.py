@@ -78,9 +78,8 @@ class SpecaConfig(Settings):
         schedule: indices of the full steps, from 0; the first steps that a forecast needs are full as well.
         order: degree of the polynomial that forecasts outputs where there is no prior, 0 to 4.
         prior: what is taken to be known about the outputs before the run (`core/prior.py`), where the sampler is
-            linear: "measured", what a calibration measured; "generic", that or else what follows from the sampler
-            alone (`core/generic.py`); "auto", the same but the latter only for budgets of few full steps; "none",
-            nothing, so that forecasts are polynomials.
+            linear: "measured", what a calibration measured, if there is one; "generic", that or else what follows from
+            the sampler alone (`core/generic.py`); "none", nothing, so that forecasts are polynomials.
         corrector: whether a full step corrects the drafts before it (`core/correction.py`), where the sampler is
             linear.
         max_draft: most drafts between two full steps that a tolerance may plan, at least 1; a budget may ask for more.
@@ -95,7 +94,7 @@ class SpecaConfig(Settings):
     speedup: float = 0.0
     schedule: tuple[int, ...] = ()
     order: int = 1
-    prior: Literal["auto", "measured", "generic", "none"] = "auto"
+    prior: Literal["measured", "generic", "none"] = "measured"
     corrector: bool = True
     max_draft: int = 12
     threshold: float = 0.03

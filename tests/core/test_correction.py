@@ -58,6 +58,18 @@ def test_correction_is_whole_where_trust_is_infinite() -> None:
     torch.testing.assert_close(shortened, whole / (1 + (size / module.TRUST) ** 2).unsqueeze(1))
 
 
+def test_a_correction_counts_as_much_as_the_forecast_was_better_than_repeating_the_last_output() -> None:
+    kept, step, out, omega = _drafted()
+    (whole,), size = kept.correction([0, 1], out, omega, step)
+    line = [[5.0, -4.0]] * 2  # 1.3 and 2.6 forecast, 0.5 and 1.0 before
+    for value, share in ((0.9, 1 / 2), (1.3, 1.0), (0.58, 1 / (1 + (0.72 / 0.08) ** 4))):
+        output = torch.tensor([[value], [2 * value]])
+        torch.testing.assert_close(kept.agreement([0, 1], output, line), torch.tensor([share, share]))
+    (weighed,), same = kept.correction([0, 1], out, omega, step, line)
+    torch.testing.assert_close(weighed, whole / 2)
+    assert torch.equal(same, size), "the estimated error is that of the whole correction"
+
+
 def test_correction_solves_the_implicit_equation() -> None:
     """The full step is worth `out + jacobian * d` at the place that the sample is corrected to."""
     kept, step, out, omega = _drafted(jacobian=0.8)

@@ -150,7 +150,7 @@ def test_a_prior_serves_other_samplers(name: str) -> None:
         errors[calibration] = (images() - wanted).square().mean().item()
         report = speca.report(pipe)
         assert {s.decisions.count("F") for s in report.samples} == {6} and not report.notes[1:]
-    assert errors[None] < 0.7 * errors[False]
+    assert errors[None] < 0.75 * errors[False]  # whose full steps are evenly apart
 
 
 def test_what_was_measured_with_noise_is_kept_apart() -> None:
@@ -218,23 +218,29 @@ def test_a_budget_of_an_unmeasured_model_can_be_placed_by_the_generic_prior() ->
     assert 2 < decisions(case)[0].count("F") < STEPS, "a tolerance is kept by the corrections of each sample"
 
 
-@pytest.mark.parametrize(("steps", "kind"), [(24, "generic"), (28, "measured")])
-def test_by_default_the_generic_prior_places_a_few_full_steps(steps: int, kind: str) -> None:
-    """Six, not seven."""
-    case, found = tiny.flux(), {}
-    for settings in ({}, dict(prior=kind)):
-        speca.enable(case.pipe, speedup=4, **settings)
-        found[bool(settings)] = case([3, 8], steps=steps)
-        assert decisions(case)[0].count("F") == steps // 4
-    assert torch.equal(found[True], found[False])
-    if kind == "generic":
-        speca.enable(case.pipe, speedup=4, prior="none")
-        assert not torch.equal(case([3, 8], steps=steps), found[True])
+def test_a_budget_of_an_unmeasured_model_is_spent_evenly() -> None:
+    """Of a flow up to its last step; fewer than five full steps are those of the sampler with so many steps."""
+    case = tiny.flux()
+    for count, wanted in ((5, {0, 5, 10, 17, 23}), (4, {0, 6, 12, 18})):
+        speca.enable(case.pipe, speedup=24 / count)
+        case([3, 8], steps=24)
+        assert {frozenset(i for i, d in enumerate(found) if d == "F") for found in decisions(case)} == {
+            frozenset(wanted)
+        }
+
+
+def test_four_full_steps_are_the_sampler_with_four_steps() -> None:
+    case = tiny.flux()
+    case.pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()  # evenly spaced: no shift of its times
+    coarse = case([3, 8], steps=4)
+    speca.enable(case.pipe, speedup=6)
+    made = case([3, 8], steps=24)
+    assert (made - coarse).abs().max() < 0.05 * (made - made.mean()).abs().max()
 
 
 def test_a_run_from_an_image_spends_its_budget_on_the_steps_it_takes() -> None:
     case = RECIPES["flux-img2img"].build()
-    for prior in ("auto", "generic", "none"):
+    for prior in ("measured", "generic", "none"):
         speca.enable(case.pipe, speedup=3, prior=prior)
         case([3, 8], steps=STEPS)
         report = speca.report(case.pipe)

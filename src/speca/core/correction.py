@@ -86,8 +86,14 @@ class Corrector:
     `jacobian = (A + B) / n` for an output `A noise + B x_0`, which is zero for a flow. With it the correction is that
     of the implicit method, `d = (sum_q omega_q V_q - drift) / (1 - omega_0 jacobian)`.
 
-    A large estimate is mostly error of the estimate. So a correction of root mean square r is multiplied by
-    `1 / (1 + (r / trust)^2)`. Corrections by a prior are taken whole (`trust` infinite).
+    Without a prior a correction may be wrong. Whether it is shows at the full step itself, by the innovation: the
+    output less what would have been forecast for it. Where the forecast was hardly better than repeating the last
+    output, outputs do not change in the way that the interpolation assumes, and whole corrections have cost up to 30 dB
+    (docs/LOG.md). So each sample's correction of root mean square r is multiplied by
+
+        1 / (1 + (|v - forecast| / |v - last|)^4)    and by    1 / (1 + (r / trust)^2),
+
+    as a large estimate is mostly error of the estimate. Corrections by a prior are taken whole (`trust` infinite).
 
     Outputs come rows first, (n, ...). Everything is kept in fp32 and freed with the object.
     """
@@ -119,6 +125,7 @@ class Corrector:
         output: Tensor,
         omega: Sequence[Sequence[Sequence[float]]],
         here: Transition,
+        weights: Sequence[Sequence[float]] | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Return the correction of rows that have drafted, now that `output` (n, ...) of a full step is known.
 
@@ -127,6 +134,8 @@ class Corrector:
             output: as the model gave it.
             omega: the quadrature weights (p, K) of each row: of `output`, then of its kept outputs.
             here: the transition of the full step.
+            weights: (n, K) those that would have forecast `output` from the kept outputs, to weigh the correction by
+                the innovation; None to leave that.
 
         Returns:
             The corrections of this sample and of the p - 1 after it, p tensors (n, ...) in fp32, and the estimated
@@ -141,8 +150,18 @@ class Corrector:
         answer = moves[0] * here.jacobian / (1 - newest[0] * here.jacobian)
         moves = [move + answer * new for move, new in zip(moves, newest, strict=True)]
         size = moves[0].flatten(1).square().mean(1).sqrt() / here.size
-        trust = (1 / (1 + (size / self.trust).square())).view(-1, *[1] * (output.dim() - 1))
+        trust = 1 / (1 + (size / self.trust).square())
+        if weights is not None:
+            trust = trust * self.agreement(rows, known, weights)
+        trust = trust.view(-1, *[1] * (output.dim() - 1))
         return [move * trust for move in moves], size
+
+    def agreement(self, rows: Sequence[int], output: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
+        """Return how well outputs change as a forecast assumes, (n,) in [0, 1]: 1 for an exact forecast, 1/2 for one
+        that is as far off as repeating the last output."""
+        missed = (output - self.forecast(rows, weights)).flatten(1).square().mean(1)
+        moved = (output - self.forecast(rows, [[1.0]] * len(rows))).flatten(1).square().mean(1)
+        return 1 / (1 + (missed / moved.clamp(min=1e-30)).square())
 
     def add_pending(self, rows: Sequence[int], corrections: Sequence[Tensor]) -> None:
         """Note that the samples of `rows` are to be changed by `corrections`, p tensors (n, ...)."""

@@ -33,9 +33,6 @@ PROCESS = ((0.4, 2.0), (0.015, 0.25))
 
 LEAST_SIGNAL = 1e-3
 
-FEW = 6
-"""A budget of no more full steps than this is better spent by this prior than by polynomials (measured)."""
-
 
 @lru_cache(maxsize=64)
 def generic(noise: tuple[float, ...], transitions: tuple[Transition, ...]) -> Prior | None:

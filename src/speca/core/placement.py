@@ -25,6 +25,12 @@ from .transition import Transition, advance
 LEAST = 4
 """The fewest full steps that a tolerance may choose."""
 
+COARSE = 5
+"""A budget of fewer full steps, of which nothing is known, is spent as the sampler with so many steps would."""
+
+FLOW_DENSITY = 1.15
+"""How much denser evenly placed full steps of a flow are at the beginning: the power of their index."""
+
 DENSITIES = (0.9, 1.2, 1.6)
 """Powers of plain schedules; above 1 they are denser at the beginning."""
 
@@ -39,6 +45,23 @@ class Placement:
 
     steps: tuple[int, ...]
     error: float
+
+
+def even(total: int, count: int, flow: bool) -> tuple[int, ...]:
+    """Return `count` of `total` steps about evenly apart, step 0 among them: a placement where no prior is known.
+
+    For a flow they are a little denser at the beginning and end with the last step, as drafts after the last full step
+    are never corrected; for other samplers half a period is left after it. Fewer than COARSE are those of the sampler
+    with `count` steps. Chosen by measurement (docs/LOG.md).
+    """
+    if count < COARSE:
+        return tuple(round(k * total / count) for k in range(count))
+    end, density = (count - 1.0, FLOW_DENSITY) if flow else (count - 0.5, 1.0)
+    steps, room = [0], total
+    for k in range(count - 1, 0, -1):  # from the end, each at least a step before the next
+        room = min(room - 1, max(k, round((total - 1) * (k / end) ** density)))
+        steps.append(room)
+    return tuple(sorted(steps))
 
 
 def place(prior: Prior, transitions: tuple[Transition, ...], count: int, growth: Growth = None) -> Placement:

@@ -90,8 +90,8 @@ class Player:
         """
         self.planner, self.transitions, self.total = planner, tuple(transitions), total
         self.prior, self.executor, self.costs = prior, executor, costs
-        flow = bool(transitions) and all(abs(t.jacobian) < STRAIGHT for t in transitions)
-        self.density = FLOW_DENSITY if flow else 1.0
+        self.flow = bool(transitions) and all(abs(t.jacobian) < STRAIGHT for t in transitions)
+        self.density = FLOW_DENSITY if self.flow else 1.0
         self.depth = planner.config.anchors if prior is None else DEPTH  # outputs that a forecast is made of
 
     def play(self, call: Call) -> Any:
@@ -200,7 +200,8 @@ class Player:
             moved = rows_of(drafted)
             part = on_device([rows.index(row) for row in moved], main.device)
             omega = self._quadrature(call.step, drafted, corrector)
-            corrections, sizes = corrector.correction(moved, main[part], [omega[row] for row in moved], here)
+            weights = self._weights(drafted, moved, call.step) if self.prior is None else None
+            corrections, sizes = corrector.correction(moved, main[part], [omega[row] for row in moved], here, weights)
             self._observe(drafted, sizes, corrector)
             if config.corrector:
                 change = torch.zeros_like(main, dtype=torch.float32).index_add_(0, part, corrections[0] * here.jacobian)

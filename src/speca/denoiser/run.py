@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from ..config import MIN_STEPS, SpecaConfig
 from ..core.controller import Planner, Record
-from ..core.generic import FEW, generic
-from ..core.placement import cheapest, place
+from ..core.generic import generic
+from ..core.placement import COARSE, cheapest, even, place
 from ..core.prior import Prior
 from ..reports.costs import Costs
 from ..reports.report import Report
@@ -45,6 +46,9 @@ class Run:
         planner: Planner | None = None,
     ) -> None:
         """`known` is the measured prior of the model, if there is one; the other arguments are attributes."""
+        alone = config.speedup and not config.tolerance and not config.schedule and config.prior != "generic"
+        if alone and known is None and planner is None and Planner(config).budget(total) < COARSE:
+            config = dataclasses.replace(config, order=0, corrector=False)  # as the sampler with so many steps
         self.config, self.response, self.total = config, response, total
         self.executor = executor or Executor()
         self.costs = Costs() if costs is None else costs
@@ -148,8 +152,7 @@ class Run:
     def _prior_for(self, measured: Prior | None) -> Prior | None:
         """What is known of the outputs of this run beforehand; the notes say why a measured prior is not used."""
         c, steps = self.config, self.response.transitions
-        few = bool(c.speedup) and self.planner.budget(self.total) <= FEW
-        from_sampler = c.prior == "generic" or (c.prior == "auto" and few)
+        from_sampler = c.prior == "generic"
         if c.prior == "none" or self.planner.exact or not steps or not (from_sampler or measured is not None):
             return None
         if not c.corrector:
@@ -166,10 +169,17 @@ class Run:
         return generic(self.response.noise, tuple(steps)) if from_sampler else None
 
     def _placement(self) -> frozenset[int] | None:
-        """The full steps that a prior gives within the tolerance and the budget; None where it does not place them."""
+        """The full steps where they are chosen beforehand: by a prior within tolerance and budget, or evenly where
+        there is only a budget; None where they are planned on the way."""
         c, steps = self.config, self.response.transitions
-        if self.prior is None or c.schedule or not (c.tolerance or c.speedup):
+        if c.schedule or self.planner.exact:
             return None
+        if self.prior is None:  # a budget alone is spent evenly
+            return (
+                frozenset(even(self.total, self.planner.budget(self.total), self.player.flow))
+                if not c.tolerance
+                else None
+            )
         found = cheapest(self.prior, steps, c.tolerance) if c.tolerance and self._measured else None
         if c.speedup and (found is None or len(found.steps) > self.planner.budget(self.total)):
             found = place(self.prior, steps, self.planner.budget(self.total))
