@@ -1,12 +1,11 @@
 """What can be had with few full steps, by whom: the question of whoever runs 20 to 28 steps.
 
     python recipes/few_steps.py emoji-flux                       # reporting seeds
-    python recipes/few_steps.py emoji-flux --seeds-from 800000   # those that `core/generic.py` FEW was chosen on
+    python recipes/few_steps.py emoji-flux --seeds-from 800000
 
 At equal numbers of full steps stand fewer steps of the model's own sampler and of UniPC, and budgets of `speca`: with
-polynomials, placed by the generic prior, and by the measured one. The default for a model that nobody has measured is
-the generic prior up to FEW full steps, and polynomials beyond. Then what the presets give a model that nobody has
-measured, which plan each sample's drafts by its own errors.
+polynomials (the default for a model that nobody has measured), placed by the generic prior, and by the measured one.
+Then what the presets give a model that nobody has measured, which plan each sample's drafts by its own errors.
 """
 
 from __future__ import annotations

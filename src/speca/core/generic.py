@@ -11,8 +11,8 @@ process, stationary in log q/p, slow for the most part and with a small fast par
 What an output is made of, `A n + B x_0`, is read off the sampler, which it has to lead from `p x_0 + q n` to
 `p' x_0 + q' n` (`Transition.parts`). What a model
 predicts, noise or a velocity, need not be known: it follows from the sampler.
-The six numbers were fitted once to two models measured, a flow and a DDIM. With few full steps it gains several
-decibels on polynomials; with more it has lost on a third model, and is an option (docs/LOG.md).
+The six numbers were fitted once to two models measured, a flow and a DDIM. On models that took no part it has gained
+much and lost much, and is an option (docs/LOG.md).
 """
 
 from __future__ import annotations

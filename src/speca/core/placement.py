@@ -28,7 +28,7 @@ LEAST = 4
 COARSE = 5
 """A budget of fewer full steps, of which nothing is known, is spent as the sampler with so many steps would."""
 
-FLOW_DENSITY = 1.15
+FLOW_DENSITY = 1.5
 """How much denser evenly placed full steps of a flow are at the beginning: the power of their index."""
 
 DENSITIES = (0.9, 1.2, 1.6)
