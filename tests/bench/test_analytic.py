@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -46,14 +47,14 @@ def test_models_are_drawn_from_their_seeds() -> None:
 
 def euler(denoise: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
     """Flow Euler, as a function."""
-    for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for here, there in pairwise(sigmas):
         x = x + (there - here) * denoise(x, here)
     return x
 
 
 def edm_euler(denoise: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
     """Euler of `dx / d sigma = (x - D) / sigma`."""
-    for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for here, there in pairwise(sigmas):
         x = x + (there - here) * (x - denoise(x, here)) / here
     return x
 
