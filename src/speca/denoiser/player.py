@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.controller import ACCEPTED, FULL, Plan, Planner, Record, rows_of, worst
 from ..core.correction import TRUST, Corrector, Interpolation, polynomial, quadrature
 from ..core.history import History, on_device
+from ..core.placement import FLOW_DENSITY
 from ..core.prior import DEPTH, Prior
 from ..core.transition import Transition
 from ..errors import UnsupportedModelError
@@ -26,8 +27,6 @@ from .branch import Branch
 from .executor import Executor
 from .outputs import OutputForm
 
-FLOW_DENSITY = 1.75
-"""How much denser the full steps of a flow are at the beginning, where no prior places them (measured)."""
 STRAIGHT = 1e-3
 """A sampler whose Jacobians are smaller than this is that of a flow."""
 
