@@ -77,8 +77,10 @@ def assert_forecasts(case: tiny.Case, plain: Tensor) -> None:
     assert report.evaluations * len(DRAFTED) == report.evaluations_full * 4 and report.notes == ()
     assert torch.equal(case(SEEDS), images)
     if plain.dtype == torch.float32:
+        # DiT's pictures are in single precision also where the model rounds to half: rows alone then differ by that.
+        close = max(2e-4, torch.finfo(case.pipe.transformer.dtype).eps)
         for seed, image in zip(SEEDS, images, strict=True):
-            torch.testing.assert_close(image, case([seed])[0], rtol=2e-4, atol=2e-4)
+            torch.testing.assert_close(image, case([seed])[0], rtol=close, atol=close)
 
 
 def assert_rows_are_their_own(case: tiny.Case) -> None:
