@@ -134,7 +134,8 @@ def test_a_prior_drafts_and_corrects_there(name: str) -> None:
     speca.enable(far.pipe, **settings)
     made, found = run(far)
     demand_same(near, made)
-    assert (uncorrected - near).abs().max() > 1e-2 * near.abs().max()
+    # Corrections are seen: leaving them out changes ten times more than `demand_same` allows.
+    assert (uncorrected - near).abs().max() > 1e-3 * near.abs().max()
     assert found.samples == expected.samples and found.notes == expected.notes
     assert found.host_reads == expected.host_reads == 0
 
