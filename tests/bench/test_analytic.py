@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-import speca
-from speca.bench.analytic import PATHS, AnalyticModel, analytic
+from speca.bench.analytic import PATHS, AnalyticModel, analytic, draw
 
 STEPS, FULL = 50, 10
 SEEDS = list(range(16))
@@ -45,49 +40,15 @@ def test_models_are_drawn_from_their_seeds() -> None:
     assert max(m.size for m in models) >= 100 * min(m.size for m in models)
 
 
-def euler(denoise: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
-    """Flow Euler, as a function."""
-    for here, there in pairwise(sigmas):
-        x = x + (there - here) * denoise(x, here)
-    return x
-
-
-def edm_euler(denoise: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
-    """Euler of `dx / d sigma = (x - D) / sigma`."""
-    for here, there in pairwise(sigmas):
-        x = x + (there - here) * (x - denoise(x, here)) / here
-    return x
-
-
-def drawn(model: AnalyticModel, steps: int, **settings: Any) -> Tensor:
-    """Samples of SEEDS; accelerated if there are `settings`."""
-    labels, flow = torch.tensor(SEEDS) % 4, model.path == "flow"
-    if flow:
-        sigmas = torch.linspace(1, 0, steps + 1)
-    else:
-        sigmas = torch.cat([torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), steps) ** 7, torch.zeros(1)])
-    sampler = euler if flow else edm_euler
-
-    def function(x: Tensor, sigma: Tensor) -> Tensor:
-        return model(x, sigma.reshape(-1).expand(len(x)), labels)
-
-    prediction = "velocity" if flow else "denoised"
-    denoise: Any = function
-    if settings:
-        denoise = speca.Denoiser(function, sampler=sampler, sigmas=sigmas, prediction=prediction, **settings)
-    x = model.noise(SEEDS)
-    return sampler(denoise, x if flow else 80 * x, sigmas)
-
-
 def test_a_budget_of_a_model_that_nobody_measured_is_no_worse_than_as_many_steps() -> None:
     """On eleven reporting models, flows and EDM, of which the placement and the corrections were told nothing."""
     gains = []
     for model in (analytic(seed) for seed in range(1, 33, 2)):
         if model.path != "vp":
-            full = drawn(model, STEPS)
+            full = draw(model, SEEDS, STEPS)
             ours, fewer = (
                 (found - full).square().mean(1).log10().median()
-                for found in (drawn(model, STEPS, speedup=STEPS / FULL), drawn(model, FULL))
+                for found in (draw(model, SEEDS, STEPS, speedup=STEPS / FULL), draw(model, SEEDS, FULL))
             )
             gains.append(10 * float(fewer - ours))
     assert len(gains) == 11

@@ -14,7 +14,7 @@ import torch
 from speca.config import SpecaConfig
 from speca.core.controller import Planner
 from speca.core.correction import Corrector, quadrature
-from speca.core.placement import DENSITIES, LEAST, cheapest, expected, place, shortlist, with_placements
+from speca.core.placement import LEAST, cheapest, expected, place, shortlist, with_placements
 from speca.core.prior import DEPTH, Prior
 from speca.core.starts import spread
 from speca.core.transition import Transition, advance
@@ -175,17 +175,11 @@ def test_what_was_placed_beforehand_is_taken(prior: Prior) -> None:
 
 
 @pytest.mark.parametrize("transitions", [flow(), noisy(), remembering()], ids=["flow", "noisy", "remembering"])
-def test_plain_schedules_are_in_the_list_if_asked_for_and_never_better(
-    prior: Prior, transitions: tuple[Transition, ...]
-) -> None:
+def test_no_plain_schedule_is_better(prior: Prior, transitions: tuple[Transition, ...]) -> None:
     for count in (2, 4, 6):
-        found = {p.steps: p.error for p in shortlist(prior, transitions, count, include_starts=True)}
-        plain = [spread(STEPS, count, density) for density in DENSITIES]
-        plain.append(tuple(index * STEPS // count for index in range(count)))
-        for steps in plain:
-            assert found[steps] == pytest.approx(expected(prior, transitions, set(steps)))
-        assert list(found.values()) == sorted(found.values())
-        assert place(prior, transitions, count).error == min(found.values()) <= min(found[p] for p in plain)
+        plain = [spread(STEPS, count, density) for density in (0.9, 1.0, 1.2, 1.6)]
+        least = min(expected(prior, transitions, set(p)) for p in plain)
+        assert place(prior, transitions, count).error <= least * (1 + 1e-9)  # two ways to compute the same
 
 
 def test_growth_of_ones_changes_nothing(prior: Prior) -> None:
@@ -248,6 +242,6 @@ def test_many_steps_are_placed_better_than_by_plain_schedules() -> None:
     steps = tuple(Transition((1.0,), (-1 / total,)) for _ in range(total))
     for count in (3, 8, 40):  # of which the first two are tried on some of the steps before all
         best, *others = shortlist(long, steps, count)
-        plain = [expected(long, steps, set(spread(total, count, density))) for density in DENSITIES]
+        plain = [expected(long, steps, set(spread(total, count, density))) for density in (0.9, 1.2, 1.6)]
         assert best.error == pytest.approx(expected(long, steps, set(best.steps))) and best.error < min(plain)
         assert any(p.steps[1] == 1 for p in (best, *others))

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from speca.core.course import Course
+from speca.core.batch import Runs
 from speca.core.prior import Prior
 from speca.core.starts import Starts, spread
 from speca.core.transition import Transition
@@ -16,21 +16,21 @@ STEPS, COUNT = 12, 5
 
 
 @pytest.fixture(scope="module")
-def course() -> Course:
+def tables() -> Runs:
     t = np.linspace(0, 1, STEPS)
     prior = Prior(tuple(1 - t), np.exp(-8 * (t[:, None] - t) ** 2) + 1e-3 * np.eye(STEPS))
     steps = [Transition((-0.2, 1.2), (-0.1, -0.02), 0.0, 1 + 0.02 * j) for j in range(STEPS)]
-    return Course(prior, steps, (1.0,) * STEPS, range(STEPS), STEPS)
+    return Runs(prior, steps, (1.0,) * STEPS, range(STEPS), STEPS)
 
 
 def total(starts: Starts, steps: list[int]) -> float:
     gaps = np.diff([0, *steps, STEPS])
-    legs = list(zip(steps, gaps[:-1], gaps[1:], strict=True))
-    return sum(starts.fresh[leg] / COUNT + starts.left[leg] for leg in legs[:-1]) + starts.fresh[legs[-1]]
+    spans = list(zip(steps, gaps[:-1], gaps[1:], strict=True))
+    return sum(starts.fresh[span] / COUNT + starts.left[span] for span in spans[:-1]) + starts.fresh[spans[-1]]
 
 
-def test_no_placement_has_a_lower_sum(course: Course) -> None:
-    starts = Starts(course, STEPS)
+def test_no_placement_has_a_lower_sum(tables: Runs) -> None:
+    starts = Starts(tables, STEPS)
     every = [[0, *rest] for rest in combinations(range(1, STEPS), COUNT - 1)]
     found = starts.best(COUNT, 6).tolist()
     assert found[0] == min(every, key=lambda steps: total(starts, steps))
@@ -40,17 +40,17 @@ def test_no_placement_has_a_lower_sum(course: Course) -> None:
     assert starts.best(COUNT, 1, second=1).tolist() == [second]
 
 
-def test_sums_rank_placements_as_errors_do(course: Course) -> None:
-    starts = Starts(course, STEPS)
+def test_sums_rank_placements_as_errors_do(tables: Runs) -> None:
+    starts = Starts(tables, STEPS)
     every = np.array([[0, *rest] for rest in combinations(range(1, STEPS), COUNT - 1)])
-    sums, errors = np.array([total(starts, steps) for steps in every.tolist()]), course.errors(every)
+    sums, errors = np.array([total(starts, steps) for steps in every.tolist()]), tables.errors(every)
     ranks = [np.argsort(np.argsort(values)) for values in (sums, errors)]
     assert np.corrcoef(*ranks)[0, 1] > 0.9
 
 
-def test_legs_are_not_longer_than_they_may_be(course: Course) -> None:
-    assert np.diff([*Starts(course, 3).best(COUNT, 1)[0].tolist(), STEPS]).max() <= 3
-    assert not len(Starts(course, 2).best(COUNT, 1))
+def test_legs_are_not_longer_than_they_may_be(tables: Runs) -> None:
+    assert np.diff([*Starts(tables, 3).best(COUNT, 1)[0].tolist(), STEPS]).max() <= 3
+    assert not len(Starts(tables, 2).best(COUNT, 1))
 
 
 def test_plain_schedules_are_denser_where_they_should_be() -> None:

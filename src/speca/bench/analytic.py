@@ -13,11 +13,15 @@ and the fine parts of a picture are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ..denoiser.denoiser import Denoiser
 
 Path = Literal["flow", "vp", "edm"]
 """`x = (1 - t) x_0 + t noise` and the velocity; `p^2 + q^2 = 1` and the noise; `x_0 + sigma noise` and the data."""
@@ -56,7 +60,8 @@ class AnalyticModel:
         return torch.stack([torch.randn(self.size, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
     def denoised(self, x: Tensor, p: Tensor, q: Tensor, labels: Tensor) -> Tensor:
-        """Return the guided guess of the data (n, D) from samples x (n, D) at `p` and `q` (n,), for classes (n,)."""
+        """Return the expected data (n, D), with guidance, given noisy samples x (n, D) at levels `p` and `q` (n,) and
+        classes `labels` (n,)."""
         parts = x.double().view(len(x), self.means.shape[0], self.means.shape[2])  # (n, G, d)
         p, q = (level.double().view(-1, 1, 1) for level in (p, q))
         spread = p**2 * self.variances + q**2  # (n, G, K)
@@ -115,3 +120,48 @@ def analytic(seed: int) -> AnalyticModel:
     name = f"analytic-{seed}-{path}-{groups}x{width}-{modes}-{narrow:g}-{decay:g}-{guidance:g}"
     centres = share * scale.view(-1, 1, 1) * means
     return AnalyticModel(name, path, centres, variances.contiguous(), logits.log_softmax(-1), guidance)
+
+
+def euler(denoise: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
+    """Return the sample that Euler's method for flows leads to: `x' = x + (t' - t) v`."""
+    for here, there in pairwise(sigmas):
+        x = x + (there - here) * denoise(x, here)
+    return x
+
+
+def edm_euler(denoise: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
+    """Return the sample that Euler's method leads to for `dx / d sigma = (x - D) / sigma` (EDM, arXiv:2206.00364)."""
+    for here, there in pairwise(sigmas):
+        x = x + (there - here) * (x - denoise(x, here)) / here
+    return x
+
+
+def draw(model: AnalyticModel, seeds: list[int], steps: int, **settings: Any) -> Tensor:
+    """Return the samples (n, D) of some seeds, by Euler's method on even times (flow) or on the sigmas of EDM.
+
+    Args:
+        model: a flow or an EDM model; those of path "vp" need a scheduler of their own.
+        seeds: n seeds; their classes take turns.
+        steps: number of steps.
+        **settings: of `speca.Denoiser`; without any the model is run at every step.
+
+    Raises:
+        ValueError: the model's path is "vp".
+    """
+    if model.path == "vp":
+        raise ValueError(f"{model.name} predicts noise of a variance-preserving path; draw takes flows and EDM models.")
+    flow, labels = model.path == "flow", torch.tensor(seeds) % CLASSES
+    rho, least, most = 7, 0.002, 80.0  # EDM's
+    if flow:
+        sigmas = torch.linspace(1, 0, steps + 1)
+    else:
+        sigmas = torch.cat([torch.linspace(most ** (1 / rho), least ** (1 / rho), steps) ** rho, torch.zeros(1)])
+
+    def function(x: Tensor, sigma: Tensor) -> Tensor:
+        return model(x, sigma.reshape(-1).expand(len(x)), labels)
+
+    sampler, denoise = euler if flow else edm_euler, function
+    if settings:
+        prediction: Any = "velocity" if flow else "denoised"
+        denoise = Denoiser(function, sampler=sampler, sigmas=sigmas, prediction=prediction, **settings)
+    return sampler(denoise, model.noise(seeds) * sigmas[0], sigmas)

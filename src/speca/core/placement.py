@@ -3,7 +3,7 @@
 The run of a schedule is computed on coefficients of the outputs instead of the outputs themselves, with the same
 forecasts and corrections. With the moments `C` of a prior that gives the expected error without a model (`expected`).
 Placements are found by dynamic programming and moving full steps (`core/starts.py`, `core/search.py`), which score many
-at once (`core/course.py`): some tens of milliseconds for 50 steps.
+at once (`core/batch.py`): some tens of milliseconds for 50 steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..errors import ConfigError
-from .course import Course
+from .batch import Runs
 from .prior import DEPTH, Array, Prior
 from .search import search
 from .starts import spread
@@ -30,9 +30,6 @@ COARSE = 5
 
 FLOW_DENSITY = 1.5
 """How much denser evenly placed full steps of a flow are at the beginning: the power of their index."""
-
-DENSITIES = (0.9, 1.2, 1.6)
-"""Powers of plain schedules; above 1 they are denser at the beginning."""
 
 Growth = Sequence[float] | None
 Change = list[Array]
@@ -50,18 +47,13 @@ class Placement:
 def even(total: int, count: int, flow: bool) -> tuple[int, ...]:
     """Return `count` of `total` steps about evenly apart, step 0 among them: a placement where no prior is known.
 
-    For a flow they are a little denser at the beginning and end with the last step, as drafts after the last full step
-    are never corrected; for other samplers half a period is left after it. Fewer than COARSE are those of the sampler
-    with `count` steps. Chosen by measurement (docs/LOG.md).
+    For a flow they are denser at the beginning and end with the last step, as drafts after the last full step are never
+    corrected; for other samplers half a period is left after it. Fewer than COARSE are those of the sampler with
+    `count` steps. Chosen by measurement (docs/LOG.md).
     """
     if count < COARSE:
         return tuple(round(k * total / count) for k in range(count))
-    end, density = (count - 1.0, FLOW_DENSITY) if flow else (count - 0.5, 1.0)
-    steps, room = [0], total
-    for k in range(count - 1, 0, -1):  # from the end, each at least a step before the next
-        room = min(room - 1, max(k, round((total - 1) * (k / end) ** density)))
-        steps.append(room)
-    return tuple(sorted(steps))
+    return spread(total, count, FLOW_DENSITY, rest=0.0) if flow else spread(total, count, 1.0)
 
 
 def place(prior: Prior, transitions: tuple[Transition, ...], count: int, growth: Growth = None) -> Placement:
@@ -78,7 +70,7 @@ def place(prior: Prior, transitions: tuple[Transition, ...], count: int, growth:
 
 
 def shortlist(
-    prior: Prior, transitions: tuple[Transition, ...], count: int, growth: Growth = None, include_starts: bool = False
+    prior: Prior, transitions: tuple[Transition, ...], count: int, growth: Growth = None
 ) -> tuple[Placement, ...]:
     """Return different placements of `count` full steps, fewer than all, which no move improves; the best first.
 
@@ -90,17 +82,8 @@ def shortlist(
         transitions: of the linear sampler, T.
         count: number of full steps.
         growth: (T,) by what a deviation of the sample is multiplied after each step, see `expected`.
-        include_starts: whether plain schedules are in the list too: the even one, and those of `DENSITIES`.
     """
-    growths = _growths(transitions, growth)
-    found = _shortlist(prior, transitions, count, growths)
-    if not include_starts:
-        return found
-    total = len(transitions)
-    even = tuple(index * total // count for index in range(count))
-    plain = dict.fromkeys([even, *(spread(total, count, density) for density in DENSITIES)])
-    known = {placement.steps for placement in found}
-    return _sorted([*found, *_scored(prior, transitions, growths, [p for p in plain if p not in known])])
+    return _shortlist(prior, transitions, count, _growths(transitions, growth))
 
 
 @lru_cache(maxsize=512)
@@ -130,8 +113,8 @@ def _scored(
     if not placements:
         return []
     positions = sorted({0, *(step for placement in placements for step in placement)})
-    course = Course(prior, transitions, growth, positions, len(positions))
-    errors = np.sqrt(course.errors(np.searchsorted(positions, placements)))
+    tables = Runs(prior, transitions, growth, positions, len(positions))
+    errors = np.sqrt(tables.errors(np.searchsorted(positions, placements)))
     return [Placement(p, e) for p, e in zip(placements, errors.tolist(), strict=True)]
 
 

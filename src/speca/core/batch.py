@@ -1,7 +1,7 @@
 """The run of a schedule in batches: many placements are scored at once, and changes of one from where they begin.
 
-Between two full steps, on a *leg*, all that matters is how far this sample and those after it are off (p vectors), and
-the outputs of the last DEPTH full steps. A leg is linear in both. So it is a small matrix, and what it costs is a
+Between two full steps, on a *span*, all that matters is how far this sample and those after it are off (p vectors), and
+the outputs of the last DEPTH full steps. A span is linear in both. So it is a small matrix, and what it costs is a
 quadratic form. With moments `C = L L^T`, coefficients `c` of the outputs are kept as `c L`: its length is the root mean
 square. `expected` in `core/placement.py` is the same computation step by step; tests compare the two.
 
@@ -26,9 +26,9 @@ NEGLIGIBLE = 1e-15
 """Share of the largest eigenvalue of the moments below which others are left out."""
 
 
-class Legs(NamedTuple):
-    """N legs. Of a state `x` (n, r), n = p + DEPTH, each makes `change @ [x, given]`, at the cost
-    `weight |loss @ [x, given]|^2`."""
+class Spans(NamedTuple):
+    """N spans, each from one full step to the next. A span turns the state `x` (n, r), n = p + DEPTH, before it into
+    `change @ [x, given]` and adds `weight |loss @ [x, given]|^2` to the squared error of the run."""
 
     change: Array  # (N, n, n + p + 1)
     loss: Array  # (N, n + p + 1)
@@ -36,7 +36,7 @@ class Legs(NamedTuple):
     given: Array  # (N, p + 1, r)
 
 
-class Course:
+class Runs:
     """Tables of a run, for placements on m of its steps.
 
     Steps are meant by their index in `positions`; the index m stands for the end of the run, and for no step at all.
@@ -112,13 +112,13 @@ class Course:
         return x
 
     def windows(self, placements: Steps, beyond: int = 0) -> Steps:
-        """Return the legs (N, K + beyond, 4) of placements (N, K): three full steps and where the leg leads."""
+        """Return the spans (N, K + beyond, 4) of placements (N, K): three full steps and where the span leads."""
         around = [(0, 0), (2, 1 + beyond)]
         padded = np.pad(placements, around, constant_values=self.size)
         return np.lib.stride_tricks.sliding_window_view(padded, 4, axis=1)
 
-    def legs(self, windows: Steps, count: int) -> Legs:
-        """Return the legs of `windows` (N, 4), of runs with `count` full steps."""
+    def spans(self, windows: Steps, count: int) -> Spans:
+        """Return the spans that `windows` (N, 4) describe, in runs with `count` full steps."""
         p, n = self.memory, self.memory + DEPTH
         last, to = windows[:, 2], windows[:, 3]
         anchors = windows[:, 2::-1]
@@ -155,7 +155,7 @@ class Course:
         change[:, :p] = after * self.growth[step][:, None, None]
         met = (self.positions[to] - self.positions[last] > 1) / (self.sizes[to] ** 2 * count)
         weight = np.where(to < self.size, met, last < self.size)
-        return Legs(change, off[:, 0], weight, np.concatenate([grown, self.outputs[to][:, None]], 1))
+        return Spans(change, off[:, 0], weight, np.concatenate([grown, self.outputs[to][:, None]], 1))
 
     def solved(self, anchors: Steps, wanted: Array) -> Array:
         """The weights (N, q, DEPTH) of the outputs at `anchors` (N, DEPTH) whose covariances with them are `wanted`."""
@@ -178,19 +178,19 @@ class Course:
     def errors(self, placements: Steps) -> Array:
         """Return the squares (N,) of the errors expected of placements (N, K)."""
         runs, count = placements.shape
-        legs = self.legs(self.windows(placements).reshape(-1, 4), count)
+        spans = self.spans(self.windows(placements).reshape(-1, 4), count)
         x, total = self.begin(runs), np.zeros(runs)
-        for leg in range(count):
-            cost, x = played(Legs(*(part.reshape(runs, count, *part.shape[1:])[:, leg] for part in legs)), x)
+        for span in range(count):
+            cost, x = played(Spans(*(part.reshape(runs, count, *part.shape[1:])[:, span] for part in spans)), x)
             total += cost
         return total
 
 
-def played(legs: Legs, x: Array) -> tuple[Array, Array]:
-    """Return the costs (N,) of legs and the states (N, n, r) after them."""
-    both = np.concatenate([x, legs.given], 1)
-    lost = (legs.loss[:, None] @ both)[:, 0]
-    return legs.weight * np.einsum("nr,nr->n", lost, lost), legs.change @ both
+def played(spans: Spans, x: Array) -> tuple[Array, Array]:
+    """Return the costs (N,) of spans and the states (N, n, r) after them."""
+    both = np.concatenate([x, spans.given], 1)
+    lost = (spans.loss[:, None] @ both)[:, 0]
+    return spans.weight * np.einsum("nr,nr->n", lost, lost), spans.change @ both
 
 
 def _roots(moments: Array) -> Array:
