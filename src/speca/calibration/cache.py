@@ -1,0 +1,131 @@
+"""What this machine has learnt of models: priors of ordinary runs, kept in a folder of the user's cache.
+
+Each run that teaches something adds a small file of its own, so that processes that write at the same time lose
+nothing and need no lock. What is found damaged, foreign or of another version is left out, with one line in the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..core.prior import Prior
+
+logger = logging.getLogger("speca")
+
+FORMAT = 1
+FOLDER = "SPECA_CACHE"
+"""Environment variable: the folder to use instead of the user's cache; empty for none."""
+
+MOST_RUNS = 16
+"""Files kept for each kind of call; more runs than this hardly change a prior."""
+
+SAMPLES = 8
+"""Elements of each parameter that its fingerprint looks at."""
+
+
+def default_folder() -> Path | None:
+    """Return the folder of learnt priors: of the environment variable SPECA_CACHE, else in the user's cache; None if
+    the variable is empty."""
+    from platformdirs import user_cache_path
+
+    given = os.environ.get(FOLDER)
+    if given is None:
+        return user_cache_path("speca", appauthor=False) / "priors"
+    return Path(given) if given else None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a short text that is equal for equal models: class, configuration, and some elements of each parameter.
+
+    LoRA layers are parameters too; their scales and which of them are active count as well. Weights that are not in
+    memory, as with sequential offloading, count by shape alone.
+    """
+    digest = hashlib.sha256(type(model).__name__.encode())
+    config = getattr(model, "config", None)
+    digest.update(repr(sorted(dict(config).items()) if isinstance(config, Mapping) else "").encode())
+    found: dict[torch.device, list[Tensor]] = {}
+    for name, value in model.named_parameters():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        if value.device.type != "meta" and value.numel():
+            flat = value.detach().reshape(-1)
+            places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat))).long()
+            found.setdefault(value.device, []).append(flat[places.to(value.device)].double())
+    for parts in found.values():
+        digest.update(torch.cat(parts).cpu().numpy().tobytes())
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "scaling", None), dict):  # of peft
+            state = module.scaling, getattr(module, "active_adapters", None), getattr(module, "disable_adapters", None)
+            digest.update(f"{name}{state}".encode())
+    return digest.hexdigest()[:20]
+
+
+class PriorCache:
+    """Priors by the model and the kind of call that they were learnt from."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Use `folder`, which is made when something is first added; with None nothing is found or kept."""
+        self.folder = folder
+
+    def find(self, key: Sequence[object], noise: Sequence[float]) -> Prior | None:
+        """Return the mean of what runs of this kind taught, for a run whose steps stand at `noise`; None if nothing.
+
+        Runs of the same steps count alone if there are any, else those of the most steps.
+
+        Args:
+            key: what the prior belongs to: the fingerprint of the model and the kind of call.
+            noise: (T,) see `Prior.noise`.
+        """
+        runs = [found for file in self._files(key) if (found := _read(file)) is not None]
+        same = [run for run in runs if len(run.noise) == len(noise) and np.allclose(run.noise, noise, atol=1e-4)]
+        if not same:
+            most = max((run for run in runs), key=lambda run: len(run.noise), default=None)
+            same = [run for run in runs if most is not None and run.noise == most.noise]
+        if not same:
+            return None
+        mean = np.mean([run.moments for run in same], axis=0)
+        return Prior(same[0].noise, mean, noisy=same[0].noisy).at(noise)
+
+    def add(self, key: Sequence[object], prior: Prior) -> None:
+        """Keep what one run taught. Nothing happens where the folder cannot be written."""
+        files = self._files(key)
+        if self.folder is None or len(files) >= MOST_RUNS:
+            return
+        folder = self.folder / _name(key)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, path = tempfile.mkstemp(suffix=".part", dir=folder)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"format": FORMAT, "key": [str(part) for part in key], "prior": prior.to_dict()}, file)
+            os.replace(path, path.removesuffix(".part") + ".json")  # whole or not at all, whoever reads meanwhile
+        except OSError as error:
+            logger.info("what was learnt is not kept: %s cannot be written (%s)", folder, error)
+
+    def _files(self, key: Sequence[object]) -> list[Path]:
+        return sorted((self.folder / _name(key)).glob("*.json")) if self.folder is not None else []
+
+
+def _name(key: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps([str(part) for part in key]).encode()).hexdigest()[:24]
+
+
+def _read(file: Path) -> Prior | None:
+    """The prior of one file, None (and one line in the log) if it is none of ours."""
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}")
+        return Prior.from_dict(values["prior"])
+    except Exception as error:  # whatever a damaged file leads to
+        logger.warning("%s is not used: it holds no prior of this version (%s); delete it.", file, error)
+        return None
