@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # an accidental download fails at once
+os.environ["SPECA_CACHE"] = ""  # nothing is learnt from a run, unless a test asks for it
 
 import pytest
 import torch

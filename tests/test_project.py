@@ -22,8 +22,9 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 LAYERS = (
-    "errors", "config", "core", "calibration.file", "reports.costs", "reports.report", "sampler", "denoiser",
-    "verified", "diffusers", "reports", "compare", "calibration", "engine", "zoo", "", "bench", "cli",
+    "errors", "config", "core", "calibration.file", "calibration.cache", "calibration.knowledge", "reports.costs",
+    "reports.report", "sampler", "denoiser", "verified", "diffusers", "reports", "compare", "calibration", "engine",
+    "zoo", "", "bench", "cli",
 )  # fmt: skip
 """Lowest first; a file imports from its own layer and from those before it. "" is `speca` itself, the public names.
 Some files of a folder lie below the rest of it: what runs at every call reads and writes them."""
@@ -34,6 +35,8 @@ THIRD_PARTY = {  # what the lower layers may use besides the standard library; t
     "speca.core": {"torch", "numpy"},
     "speca.core.controller": set(),
     "speca.calibration.file": set(),
+    "speca.calibration.cache": {"torch", "numpy", "platformdirs"},
+    "speca.calibration.knowledge": set(),
     "speca.reports.costs": set(),
     "speca.reports.report": {"matplotlib"},
     "speca.sampler": {"torch", "numpy"},

@@ -39,7 +39,7 @@ def test_a_loop_is_calibrated_and_its_file_serves_it(tmp_path: Path) -> None:
     found = speca.calibrate(
         denoise, loop=lambda seeds: euler(denoise, noise(seeds), TIMES), target_psnr=40, samples=10, confidence=0.8
     )
-    assert denoise.config == before and denoise.prior is None
+    assert denoise.config == before and denoise.knowledge.given is None
     assert found.model == "velocity" and found.scheduler == "euler" and found.steps == STEPS
     assert found.fresh_median > 40 and len(found.trials) >= 2
     found.save(tmp_path / "loop.json")

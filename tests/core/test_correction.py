@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -36,54 +34,61 @@ def _drafted(jacobian: float = 0.0) -> tuple[Corrector, Transition, torch.Tensor
     return kept, step, scale * 0.9, [omega, omega]
 
 
+LINE = [[5.0, -4.0]] * 2
+"""Weights of the line through the kept outputs: 1.3 and 2.6 are forecast, where 0.5 and 1.0 were kept last."""
+WHOLE: list[float | None] = [1e12] * 2
+"""Of a prior that expects any innovation, so that corrections are taken whole."""
+
+
 def test_correction_is_what_the_interpolated_outputs_would_have_done() -> None:
     kept, step, out, omega = _drafted()
-    (correction,), size = kept.correction([0, 1], out, omega, step)
+    (correction,), size, _ = kept.correction([0, 1], out, omega, step, LINE, WHOLE)
     drift = 0.0
     for value in (0.6, 0.7, 0.8):
         drift = 0.9 * drift - 0.5 * value
     (o,) = omega[0]
     gap = o[0] * 0.9 + o[1] * 0.5 + o[2] * 0.3 - drift
     assert size.tolist() == pytest.approx([abs(gap) / 2, abs(gap)], rel=1e-5)
-    trust = [1 / (1 + (s / module.TRUST) ** 2) for s in size.tolist()]
-    assert correction.flatten().tolist() == pytest.approx([gap * trust[0], 2 * gap * trust[1]], rel=1e-5)
+    assert correction.flatten().tolist() == pytest.approx([gap, 2 * gap], rel=1e-5)
 
 
-def test_correction_is_whole_where_trust_is_infinite() -> None:
+def test_without_a_prior_large_corrections_are_shortened_and_those_that_the_innovation_speaks_against() -> None:
     kept, step, out, omega = _drafted()
-    (shortened,), size = kept.correction([0, 1], out, omega, step)
-    kept.trust = math.inf
-    (whole,), same = kept.correction([0, 1], out, omega, step)
-    assert torch.equal(same, size), "the estimated error is that of the whole correction"
-    torch.testing.assert_close(shortened, whole / (1 + (size / module.TRUST) ** 2).unsqueeze(1))
-
-
-def test_a_correction_counts_as_much_as_the_forecast_was_better_than_repeating_the_last_output() -> None:
-    kept, step, out, omega = _drafted()
-    (whole,), size = kept.correction([0, 1], out, omega, step)
-    line = [[5.0, -4.0]] * 2  # 1.3 and 2.6 forecast, 0.5 and 1.0 before
-    for value, share in ((0.9, 1 / 2), (1.3, 1.0), (0.58, 1 / (1 + (0.72 / 0.08) ** 4))):
+    (whole,), size, _ = kept.correction([0, 1], out, omega, step, LINE, WHOLE)
+    for value, missed in ((0.9, 1.0), (1.3, 0.0), (0.58, (0.72 / 0.08) ** 2)):
         output = torch.tensor([[value], [2 * value]])
-        torch.testing.assert_close(kept.agreement([0, 1], output, line), torch.tensor([share, share]))
-    (weighed,), same = kept.correction([0, 1], out, omega, step, line)
-    torch.testing.assert_close(weighed, whole / 2)
+        surprise = kept.surprise([0, 1], output, LINE, [None, None])
+        torch.testing.assert_close(surprise, torch.tensor([missed, missed]), rtol=1e-4, atol=1e-10)
+    (weighed,), same, surprise = kept.correction([0, 1], out, omega, step, LINE, [None, None])
+    torch.testing.assert_close(weighed, whole / 2 / (1 + (size / module.TRUST) ** 2).unsqueeze(1))
+    torch.testing.assert_close(surprise, torch.ones(2))
     assert torch.equal(same, size), "the estimated error is that of the whole correction"
+
+
+def test_with_a_prior_a_correction_counts_as_far_as_the_innovation_is_what_was_expected() -> None:
+    """0.4 and 0.8 are missed; a sample beside, of which nothing is known, changes nothing."""
+    kept, step, out, omega = _drafted()
+    (whole,), *_ = kept.correction([0, 1], out, omega, step, LINE, WHOLE)
+    for expected, surprise in ((0.16, 1.0), (0.016, 10.0), (0.0016, 100.0)):
+        (found,), _, surprises = kept.correction([0, 1], out, omega, step, LINE, [expected, None])
+        assert float(surprises[0]) == pytest.approx(surprise, rel=1e-4)
+        share = 1 / (1 + (surprise / module.SURPRISE) ** 2)
+        torch.testing.assert_close(found[0], whole[0] * share)
 
 
 def test_correction_solves_the_implicit_equation() -> None:
     """The full step is worth `out + jacobian * d` at the place that the sample is corrected to."""
     kept, step, out, omega = _drafted(jacobian=0.8)
-    (correction,), size = kept.correction([0, 1], out, omega, step)
-    d = correction * (1 + (size / module.TRUST) ** 2).unsqueeze(1)  # undo the shortening
-    (explicit,), _ = _drafted()[0].correction([0, 1], out + 0.8 * d, omega, Transition((0.9,), (-0.5,), 0.0, size=2.0))
-    by_hand = explicit * (1 + (d / 2 / module.TRUST) ** 2)
-    torch.testing.assert_close(d, by_hand, rtol=1e-4, atol=1e-6)
+    (d,), *_ = kept.correction([0, 1], out, omega, step, LINE, WHOLE)
+    flat = Transition((0.9,), (-0.5,), 0.0, size=2.0)
+    (explicit,), *_ = _drafted()[0].correction([0, 1], out + 0.8 * d, omega, flat, LINE, WHOLE)
+    torch.testing.assert_close(d, explicit, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_are_independent_and_memory_is_counted() -> None:
     kept, step, out, omega = _drafted()
-    (both,), _ = kept.correction([0, 1], out, omega, step)
-    (alone,), _ = kept.correction([1], out[1:], omega[:1], step)
+    (both,), *_ = kept.correction([0, 1], out, omega, step, LINE, [None, 0.1])
+    (alone,), *_ = kept.correction([1], out[1:], omega[:1], step, LINE[:1], [0.1])
     torch.testing.assert_close(alone, both[1:])
     assert kept.bytes() == 2 * (2 + 1) * 4  # rows x (kept outputs + drift) x fp32
     kept.add_full([1], out[1:])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 from speca.config import SpecaConfig
 from speca.core.controller import Planner
 from speca.core.correction import Corrector, quadrature
@@ -67,7 +68,7 @@ def prior(outputs: torch.Tensor) -> Prior:
 def play(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition], full: set[int]) -> float:
     """The schedule with tensors, by the parts that the player uses; the error as `expected` adds it up."""
     rows = list(range(SAMPLES))
-    corrector = Corrector(DEPTH, SAMPLES, len(transitions[0].keep), math.inf)
+    corrector = Corrector(DEPTH, SAMPLES, len(transitions[0].keep))
     off = [torch.zeros(SAMPLES, SIZE, dtype=torch.float64)] * len(transitions[0].keep)
     anchors, met = list[int](), 0.0
     for step, t in enumerate(transitions):
@@ -76,14 +77,14 @@ def play(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition],
             if corrector.drafts[0]:
                 met += float((off[0] / t.size).square().mean())
                 omega = quadrature([step, *anchors], corrector.drafts[0], prior.rule)
-                moves, _ = corrector.correction(rows, told, [omega] * SAMPLES, t)
+                weights = prior.rule(anchors, [step]) * SAMPLES
+                moves, *_ = corrector.correction(rows, told, [omega] * SAMPLES, t, weights, [1e12] * SAMPLES)
             off = [o + m for o, m in zip(off, moves, strict=True)]
             used = told + t.jacobian * moves[0]
             corrector.add_full(rows, told, t.jacobian * moves[0].float())
             anchors = [step, *anchors][:DEPTH]
         else:
-            weights = torch.tensor(prior.rule(anchors, [step]) * SAMPLES, dtype=torch.float64)
-            used = corrector.forecast(rows, weights)
+            used = corrector.forecast(rows, prior.rule(anchors, [step]) * SAMPLES)
             corrector.add_draft(rows, used, step, t)
         off = advance(off, t, used - outputs[:, step])
     return math.sqrt(float(off[0].square().mean()) + met / len(full))
@@ -91,7 +92,8 @@ def play(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition],
 
 def play_whole(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition], full: set[int]) -> float:
     """The schedule by the player itself: the sampler is stepped with what is handed over, corrections included."""
-    player = Player(Planner(SpecaConfig(speedup=2.0, tolerance=0.0)), transitions, STEPS, prior, Executor(), Costs())
+    player = Player(Planner(SpecaConfig(speedup=2.0, tolerance=0.0)), transitions, STEPS, Executor(), Costs(), DEPTH)
+    player.prior = prior
     branch = Branch.begin(SAMPLES)
     for record in branch.records:
         record.placement = frozenset(full)
@@ -114,7 +116,7 @@ def test_the_expected_error_is_that_of_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Whole corrections, that is: the expected error leaves out how a run weighs them."""
-    monkeypatch.setattr(Corrector, "agreement", lambda self, rows, output, weights: torch.ones(len(rows)))
+    tiny.take_corrections_whole(monkeypatch)
     chance = random.Random(0)
     for _ in range(12):
         full = {0, *chance.sample(range(1, STEPS), chance.randint(2, 7))}

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import speca
+import tiny
 from sampler.kdiffusion import MEMORY, NOISY, SAMPLERS, sampling
-from speca.core.correction import Corrector, polynomial
-from speca.denoiser import player
+from speca.core.correction import polynomial
 
 STEPS = 20
 KARRAS = sampling.get_sigmas_karras(STEPS, 0.03, 14.6)
@@ -91,8 +91,7 @@ def test_a_budget_is_kept_and_runs_repeat(name: str, speedup: int) -> None:
 @pytest.mark.parametrize("name", LINEAR)
 def test_the_final_sample_is_that_of_the_interpolated_outputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same as running the sampler on outputs whose drafts are interpolated between the full steps around them."""
-    monkeypatch.setattr(player, "TRUST", math.inf)  # corrections are taken whole
-    monkeypatch.setattr(Corrector, "agreement", lambda self, rows, output, weights: torch.ones(len(rows)))
+    tiny.take_corrections_whole(monkeypatch)
     sampler, x = SAMPLERS[name], noise(2)
     times = speca.Denoiser(Toy(), sampler=sampler, sigmas=KARRAS).response.times
     total = len(times)

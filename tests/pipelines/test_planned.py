@@ -77,9 +77,7 @@ def test_a_correction_is_what_changes_the_picture(case: tiny.Case) -> None:
 
 def test_a_velocity_that_is_quadratic_in_time_is_integrated_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts of order 1 are wrong on it, and each full step corrects what the drafts before it did."""
-    monkeypatch.setattr("speca.denoiser.player.TRUST", 1e6)  # corrections are taken whole
-    whole = lambda self, rows, output, weights: torch.ones(len(rows))  # noqa: E731
-    monkeypatch.setattr("speca.core.correction.Corrector.agreement", whole)
+    tiny.take_corrections_whole(monkeypatch)
     steps = 12
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(steps)

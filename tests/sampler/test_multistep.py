@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny
 from speca.config import SpecaConfig
-from speca.core.correction import Corrector, polynomial
+from speca.core.correction import polynomial
 from speca.core.transition import Transition, advance
 from speca.denoiser import player
 from speca.denoiser.run import Run
@@ -108,8 +109,7 @@ def test_samples_are_those_of_the_interpolated_outputs(
 ) -> None:
     """Drafts of a whole run, corrected by interpolation: from then on each sample, to the last, is the one of a run
     that had been given the interpolated outputs in the first place."""
-    monkeypatch.setattr(player, "TRUST", math.inf)  # corrections are taken whole
-    monkeypatch.setattr(Corrector, "agreement", lambda self, rows, output, weights: torch.ones(len(rows)))
+    tiny.take_corrections_whole(monkeypatch)
     monkeypatch.setattr(player, "extrapolation", forecast)
     scheduler = ready(case)
     steps = [t._replace(jacobian=0.0) for t in scheduler_response(scheduler).transitions]

@@ -1,4 +1,4 @@
-"""What this machine has learnt of models: priors of ordinary runs, kept in a folder of the user's cache.
+"""What this machine has learnt of models: priors of ordinary runs, kept in memory and in a folder of the user's cache.
 
 Each run that teaches something adds a small file of its own, so that processes that write at the same time lose
 nothing and need no lock. What is found damaged, foreign or of another version is left out, with one line in the log.
@@ -29,6 +29,9 @@ FOLDER = "SPECA_CACHE"
 
 MOST_RUNS = 16
 """Files kept for each kind of call; more runs than this hardly change a prior."""
+
+MOST_FOUND = 64
+"""Means that are remembered, of different kinds of call and steps."""
 
 SAMPLES = 8
 """Elements of each parameter that its fingerprint looks at."""
@@ -74,19 +77,25 @@ class PriorCache:
     """Priors by the model and the kind of call that they were learnt from."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Use `folder`, which is made when something is first added; with None nothing is found or kept."""
+        """Use `folder`, which is made when something is first added; with None all is forgotten with this object."""
         self.folder = folder
+        self._memory: dict[str, list[Prior]] = {}  # what could not be written
+        self._found: dict[tuple[str, tuple[float, ...]], tuple[object, Prior]] = {}
 
     def find(self, key: Sequence[object], noise: Sequence[float]) -> Prior | None:
-        """Return the mean of what runs of this kind taught, for a run whose steps stand at `noise`; None if nothing.
+        """Return the mean of what runs of this kind taught; None if there was none.
 
-        Runs of the same steps count alone if there are any, else those of the most steps.
+        Runs whose steps stand at `noise` count alone if there are any, else those of the most steps, at their own.
 
         Args:
             key: what the prior belongs to: the fingerprint of the model and the kind of call.
             noise: (T,) see `Prior.noise`.
         """
-        runs = [found for file in self._files(key) if (found := _read(file)) is not None]
+        files, memory = self._files(key), self._memory.get(_name(key), [])
+        where, state = (_name(key), tuple(noise)), (tuple(files), len(memory))
+        if where in self._found and self._found[where][0] == state:  # the same object, as placements are kept with it
+            return self._found[where][1]
+        runs = [*memory, *(found for file in files if (found := _read(file)) is not None)]
         same = [run for run in runs if len(run.noise) == len(noise) and np.allclose(run.noise, noise, atol=1e-4)]
         if not same:
             most = max((run for run in runs), key=lambda run: len(run.noise), default=None)
@@ -94,12 +103,19 @@ class PriorCache:
         if not same:
             return None
         mean = np.mean([run.moments for run in same], axis=0)
-        return Prior(same[0].noise, mean, noisy=same[0].noisy).at(noise)
+        prior = Prior(same[0].noise, mean, noisy=same[0].noisy)
+        if len(self._found) >= MOST_FOUND:
+            self._found.pop(next(iter(self._found)))
+        self._found[where] = state, prior
+        return prior
 
     def add(self, key: Sequence[object], prior: Prior) -> None:
-        """Keep what one run taught. Nothing happens where the folder cannot be written."""
-        files = self._files(key)
-        if self.folder is None or len(files) >= MOST_RUNS:
+        """Keep what one run taught; where the folder cannot be written, as long as this object lives."""
+        memory = self._memory.setdefault(_name(key), [])
+        if len(self._files(key)) + len(memory) >= MOST_RUNS:
+            return
+        if self.folder is None:
+            memory.append(prior)
             return
         folder = self.folder / _name(key)
         try:
@@ -109,7 +125,8 @@ class PriorCache:
                 json.dump({"format": FORMAT, "key": [str(part) for part in key], "prior": prior.to_dict()}, file)
             os.replace(path, path.removesuffix(".part") + ".json")  # whole or not at all, whoever reads meanwhile
         except OSError as error:
-            logger.info("what was learnt is not kept: %s cannot be written (%s)", folder, error)
+            logger.info("what was learnt is not kept after this process: %s cannot be written (%s)", folder, error)
+            memory.append(prior)
 
     def _files(self, key: Sequence[object]) -> list[Path]:
         return sorted((self.folder / _name(key)).glob("*.json")) if self.folder is not None else []

@@ -50,6 +50,8 @@ class Calibration:
         tuning_seeds, fresh_seeds: first seed and number.
         trials: every number of full steps that was tried.
         prior: the second moments of the model's outputs, of the tuning seeds.
+        branches: rows of a sample in each call of a step, see `Kind`; empty where that was not noted, and then the
+            calibration is taken to serve all.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Calibration:
     fresh_seeds: tuple[int, int]
     trials: tuple[Trial, ...]
     prior: Prior
+    branches: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, with the version of the format."""
@@ -93,6 +96,7 @@ class Calibration:
             values["trials"] = tuple(Trial(**trial) for trial in values["trials"])
             values["prior"] = Prior.from_dict(values["prior"])
             values |= {name: tuple(values[name]) for name in ("tuning_seeds", "fresh_seeds")}
+            values["branches"] = tuple(values.get("branches", ()))
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ConfigError(f"{path} is no calibration ({error}); make one with speca calibrate.") from error

@@ -17,6 +17,7 @@ from ..diffusers.components import denoisers_of
 from ..errors import InputError
 from ..reports.measure import generate, joined, run_once, split
 from ..reports.report import Report
+from .knowledge import Knowledge
 from .recording import Recording, record
 
 if TYPE_CHECKING:
@@ -115,13 +116,13 @@ class LoopSubject:
 
     @contextmanager
     def _settings(self, config: SpecaConfig, prior: Prior) -> Iterator[None]:
-        before = self.denoise.config, self.denoise.prior
-        self.denoise.config, self.denoise.prior = config, prior
+        before = self.denoise.config, self.denoise.knowledge
+        self.denoise.config, self.denoise.knowledge = config, Knowledge(prior)
         self.denoise.reset()
         try:
             yield
         finally:
-            self.denoise.config, self.denoise.prior = before
+            self.denoise.config, self.denoise.knowledge = before
             self.denoise.reset()
 
     def _parts(self) -> list[list[int]]:

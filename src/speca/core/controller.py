@@ -41,6 +41,8 @@ class Record:
         density: exponent by which a budget is spread: 1 evenly, above 1 denser at the beginning.
         error: error of the last checked draft since the last full step, None if there is none.
         anchors: indices of the kept full steps, newest first.
+        measured: whether the prior is taken to hold for this sample.
+        surprises: at full steps after drafts, the mean square of the innovation over the one that the prior expected.
         steps: indices of the steps that the sample took part in; guidance may leave some out.
         decisions: one letter for each of them: F full, A draft accepted, R draft rejected and recomputed.
         errors: error of each checked draft, None at other steps.
@@ -58,6 +60,8 @@ class Record:
     period: int = 1
     error: float | None = None
     anchors: list[float] = field(default_factory=list)
+    measured: bool = True
+    surprises: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
     errors: list[float | None] = field(default_factory=list)
@@ -78,6 +82,11 @@ class Record:
         else:
             self.fulls, self.period = self.fulls + 1, self.streak + 1
             self.streak, self.error = 0, None
+
+    @property
+    def spent(self) -> int:
+        """Steps computed in full so far, rejected drafts included."""
+        return len(self.decisions) - self.decisions.count(ACCEPTED)
 
     def restart(self) -> None:
         """Forget the kept full steps, so that the next step is full; what was noted stays."""
@@ -133,7 +142,7 @@ class Planner:
             return r.step in c.schedule or (r.placement is None and r.fulls < c.warmup)
         if r.placement is not None:
             return r.step in r.placement
-        left = self.budget(r.total) - r.fulls
+        left = self.budget(r.total) - r.spent
         if r.fulls < min(c.warmup, self.budget(r.total)):
             return True
         if left <= 0:

@@ -35,7 +35,10 @@ from .history import History, on_device
 from .transition import Transition, advance
 
 TRUST = 0.05
-"""A correction of this root mean square, in units of the straight path, is halved."""
+"""Without a prior, a correction of this root mean square, in units of the straight path, is halved."""
+
+SURPRISE = 10.0
+"""With a prior, a correction is halved where the innovation has so many times the mean square that was expected."""
 
 
 class Draft(NamedTuple):
@@ -98,10 +101,10 @@ class Corrector:
     Outputs come rows first, (n, ...). Everything is kept in fp32 and freed with the object.
     """
 
-    def __init__(self, depth: int, rows: int, memory: int, trust: float = TRUST) -> None:
+    def __init__(self, depth: int, rows: int, memory: int) -> None:
         """Keep the outputs of `depth` full steps for each of `rows` rows, for a sampler with memory p = `memory`;
         with 0 nothing is corrected and outputs are only kept."""
-        self.trust, self.memory = trust, memory
+        self.memory = memory
         self.history = History(depth, rows, torch.float32)
         self.drafts: list[list[Draft]] = [[] for _ in range(rows)]  # since each row's last full step
         # p tensors (B, ...): how much those drafts have changed the samples from here on, and corrections of these
@@ -125,8 +128,9 @@ class Corrector:
         output: Tensor,
         omega: Sequence[Sequence[Sequence[float]]],
         here: Transition,
-        weights: Sequence[Sequence[float]] | None = None,
-    ) -> tuple[list[Tensor], Tensor]:
+        weights: Sequence[Sequence[float]],
+        expected: Sequence[float | None],
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return the correction of rows that have drafted, now that `output` (n, ...) of a full step is known.
 
         Args:
@@ -134,12 +138,13 @@ class Corrector:
             output: as the model gave it.
             omega: the quadrature weights (p, K) of each row: of `output`, then of its kept outputs.
             here: the transition of the full step.
-            weights: (n, K) those that would have forecast `output` from the kept outputs, to weigh the correction by
-                the innovation; None to leave that.
+            weights: (n, K) those that would have forecast `output` from the kept outputs.
+            expected: (n,) mean square of the innovation that a prior expects, None for rows without a prior.
 
         Returns:
-            The corrections of this sample and of the p - 1 after it, p tensors (n, ...) in fp32, and the estimated
-            errors of the drafts (n,): root mean squares of the whole corrections, in units of the straight path.
+            The corrections of this sample and of the p - 1 after it, p tensors (n, ...) in fp32; the estimated errors
+            of the drafts (n,): root mean squares of the whole corrections, in units of the straight path; and the
+            `surprise` (n,).
         """
         known, moves, newest = output.float(), [], []
         for later, drift in enumerate(self._of(self._drift, rows)):
@@ -150,18 +155,29 @@ class Corrector:
         answer = moves[0] * here.jacobian / (1 - newest[0] * here.jacobian)
         moves = [move + answer * new for move, new in zip(moves, newest, strict=True)]
         size = moves[0].flatten(1).square().mean(1).sqrt() / here.size
-        trust = 1 / (1 + (size / self.trust).square())
-        if weights is not None:
-            trust = trust * self.agreement(rows, known, weights)
-        trust = trust.view(-1, *[1] * (output.dim() - 1))
-        return [move * trust for move in moves], size
+        surprise = self.surprise(rows, known, weights, expected)
+        trust = self.trust(size, surprise, expected).view(-1, *[1] * (output.dim() - 1))
+        return [move * trust for move in moves], size, surprise
 
-    def agreement(self, rows: Sequence[int], output: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
-        """Return how well outputs change as a forecast assumes, (n,) in [0, 1]: 1 for an exact forecast, 1/2 for one
-        that is as far off as repeating the last output."""
+    def surprise(
+        self, rows: Sequence[int], output: Tensor, weights: Sequence[Sequence[float]], expected: Sequence[float | None]
+    ) -> Tensor:
+        """Return the mean square of the innovation (n,) over the one that a prior expects; of rows without a prior,
+        over that of repeating the last output. About 1 if outputs change as the prior says, 0 if exactly forecast."""
         missed = (output - self.forecast(rows, weights)).flatten(1).square().mean(1)
-        moved = (output - self.forecast(rows, [[1.0]] * len(rows))).flatten(1).square().mean(1)
-        return 1 / (1 + (missed / moved.clamp(min=1e-30)).square())
+        if None in expected:
+            moved = (output - self.forecast(rows, [[1.0]] * len(rows))).flatten(1).square().mean(1)
+            known = on_device([math.nan if e is None else e for e in expected], output.device, torch.float32)
+            return missed / torch.where(known.isnan(), moved, known).clamp(min=1e-30)
+        return missed / on_device(list(expected), output.device, torch.float32).clamp(min=1e-30)
+
+    @staticmethod
+    def trust(size: Tensor, surprise: Tensor, expected: Sequence[float | None]) -> Tensor:
+        """Return by how much to shorten corrections, (n,) in [0, 1]: those that the innovation speaks against, and
+        without a prior large ones."""
+        limits = [[1.0, TRUST] if e is None else [SURPRISE, math.inf] for e in expected]
+        limit = on_device(limits, size.device, torch.float32)
+        return 1 / (1 + (surprise / limit[:, 0]).square()) / (1 + (size / limit[:, 1]).square())
 
     def add_pending(self, rows: Sequence[int], corrections: Sequence[Tensor]) -> None:
         """Note that the samples of `rows` are to be changed by `corrections`, p tensors (n, ...)."""

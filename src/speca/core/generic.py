@@ -33,6 +33,9 @@ PROCESS = ((0.4, 2.0), (0.015, 0.25))
 
 LEAST_SIGNAL = 1e-3
 
+SHARE = 0.01
+"""Of the generic prior in one that was learnt from single runs (docs/LOG.md)."""
+
 
 @lru_cache(maxsize=64)
 def generic(noise: tuple[float, ...], transitions: tuple[Transition, ...]) -> Prior | None:
@@ -43,6 +46,18 @@ def generic(noise: tuple[float, ...], transitions: tuple[Transition, ...]) -> Pr
     found = moments(transitions)
     valid = np.isfinite(found).all() and (np.diag(found) > 0).all()  # not where a sampler leaves its path
     return Prior(noise, found) if valid else None
+
+
+@lru_cache(maxsize=64)
+def blended(prior: Prior, transitions: tuple[Transition, ...]) -> Prior:
+    """Return a prior learnt from few outputs with a small share of the generic one, scaled to its mean squares: what
+    one run happens to show exactly is then not taken for certain. The same where the sampler's path is unknown."""
+    other = generic(prior.noise, transitions)
+    if other is None:
+        return prior
+    scale = np.sqrt(np.diag(prior.moments) / np.diag(other.moments))
+    mixed = (1 - SHARE) * prior.moments + SHARE * (scale[:, None] * other.moments * scale)
+    return Prior(prior.noise, (mixed + mixed.T) / 2, noisy=prior.noisy)
 
 
 def moments(

@@ -26,6 +26,9 @@ from ..errors import ConfigError
 NUGGET = 1e-5
 """Share of its mean square that an output is taken to be off by, as it is computed where drafts have led to."""
 
+DENSER = 10
+"""How many times denser than those measured steps may lie; between them moments are interpolated."""
+
 DEPTH = 3
 """Outputs of full steps that a draft is made of; a fourth added nothing measurable."""
 
@@ -66,6 +69,12 @@ class Prior:
         found: list[list[float]] = self.weights([int(n) for n in nodes], [int(t) for t in targets]).tolist()
         return found
 
+    def innovation(self, nodes: Sequence[int], target: int) -> float:
+        """Return the mean square that is expected of the output at step `target` less its forecast from `nodes`."""
+        change = np.append(-self.weights(nodes, [target])[0], 1.0)
+        steps = [*nodes, target]
+        return float(change @ self.moments[np.ix_(steps, steps)] @ change)
+
     def at(self, noise: Sequence[float]) -> Prior:
         """Return the same prior for a run whose steps stand at `noise`.
 
@@ -75,6 +84,16 @@ class Prior:
         if len(wanted) == len(self.noise) and np.allclose(wanted, self.noise, atol=1e-4):
             return self
         return _taken(self, wanted)
+
+    def covers(self, noise: Sequence[float]) -> bool:
+        """Return whether a run whose steps stand at `noise` can use this prior: its steps lie between those that were
+        measured, at most `DENSER` of them between two."""
+        rising, wanted = np.array(self.noise[::-1]), np.array(noise)
+        slack = float(np.diff(rising).max()) if len(rising) > 1 else 0.0
+        if (np.diff(rising) <= 0).any() or wanted.min() < rising[0] - slack or wanted.max() > rising[-1] + slack:
+            return False
+        between = np.bincount(np.searchsorted(rising, wanted - 1e-6), minlength=1)
+        return int(between.max()) <= DENSER
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; of the moments the lower half, row by row, rounded to single precision."""

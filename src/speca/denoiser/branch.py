@@ -26,6 +26,7 @@ class Branch:
         kept: what forecasts are made of, None before the first full step and after the run.
         plain: why the branch is run without forecasts, empty if it is not.
         uncorrected: why nothing is corrected, empty if it is.
+        placed: whether the full steps of its records were placed since it began, or was last restarted.
         uses: how much of its inputs each row uses, such as the length of its prompt, where that was asked.
     """
 
@@ -34,6 +35,7 @@ class Branch:
     kept: Kept | None = None
     plain: str = ""
     uncorrected: str = ""
+    placed: bool = True
     uses: tuple[float, ...] = ()
 
     @classmethod

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..calibration.file import Calibration, fitted, known_from, prior_of
+from ..calibration.cache import PriorCache
+from ..calibration.file import Calibration, known_from
+from ..calibration.knowledge import Knowledge
 from ..config import SpecaConfig
 from ..core.prior import Prior
 from ..errors import ConfigError, InputError, NotEnabledError, nearest
@@ -49,7 +51,7 @@ class Denoiser:
         scheduler: Any = None,
         prediction: Prediction | None = None,
         options: dict[str, Any] | None = None,
-        calibration: Calibration | Prior | str | Path | None = None,
+        calibration: Calibration | Prior | str | Path | Literal["auto", False] | None = None,
         **overrides: Any,
     ) -> None:
         """
@@ -65,7 +67,8 @@ class Denoiser:
             prediction: what the model returns: "denoised" (the clean sample; the default with `sampler`), "noise",
                 "velocity", or "raw" (anything else; the default with `scheduler`).
             options: further keyword arguments that the sampler will be called with, as far as they change its steps.
-            calibration: what `speca.calibrate` found, its file, or a `Prior`.
+            calibration: what `speca.calibrate` found, its file, or a `Prior`; "auto" to compute the first run in full
+                and learn from it, for this object.
             **overrides: any field of `SpecaConfig`, such as `speedup` or `tolerance`.
 
         Raises:
@@ -78,8 +81,9 @@ class Denoiser:
                 "preset 'paper' checks drafts with a block of the model, and a Denoiser does not look inside it; "
                 "use speca.enable(module, 'paper', scheduler=...), or another preset."
             )
-        known = known_from(calibration)
-        self.model, self.config, self.prior = model, fitted(config, known), prior_of(known)
+        auto = calibration == "auto"
+        self.model, self.config = model, config
+        self.knowledge = Knowledge(None if auto else known_from(calibration), PriorCache(None) if auto else None)
         self.prediction: Prediction = prediction or ("raw" if scheduler is not None else "denoised")
         if self.prediction not in ("denoised", "noise", "velocity", "raw"):
             valid = nearest(str(prediction), ("denoised", "noise", "velocity", "raw"))
@@ -196,7 +200,7 @@ class Denoiser:
             first = True
         if first:
             self.reset()
-            self._run = Run(self.config, self.response, len(times), self.prior)
+            self._run = Run(self.config, self.response, len(times), self.knowledge)
         run = self._run
         assert run is not None
         if self._lost or run.idle or not run.planned:

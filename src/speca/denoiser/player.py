@@ -7,16 +7,16 @@ its `Branch`. Shapes: B rows of a call, n rows of a part, K kept full steps, p t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.controller import ACCEPTED, FULL, Plan, Planner, Record, rows_of, worst
-from ..core.correction import TRUST, Corrector, Interpolation, polynomial, quadrature
+from ..core.correction import Corrector, Interpolation, polynomial, quadrature
 from ..core.history import History, on_device
 from ..core.placement import FLOW_DENSITY
 from ..core.prior import DEPTH, Prior
@@ -25,6 +25,7 @@ from ..errors import UnsupportedModelError
 from ..reports.costs import Costs
 from .branch import Branch
 from .executor import Executor
+from .learning import Recorder
 from .outputs import OutputForm
 
 STRAIGHT = 1e-3
@@ -67,31 +68,39 @@ class KeptOutputs:
 
 
 class Player:
-    """Answers the calls of one run."""
+    """Answers the calls of one run.
+
+    Attributes:
+        planner: chooses the full steps.
+        prior: what is known of the outputs beforehand; None for polynomials. A run chooses both at its second step.
+        recorder: is given the outputs of full steps, None if nothing is learnt from this run.
+        kept: outputs of full steps that are kept of each row.
+    """
 
     def __init__(
         self,
         planner: Planner,
         transitions: Sequence[Transition],
         total: int,
-        prior: Prior | None,
         executor: Executor,
         costs: Costs,
+        kept: int,
     ) -> None:
         """
         Args:
-            planner: chooses the full steps.
+            planner: see above.
             transitions: (T,) what the sampler does; empty if it is not linear, and then nothing is corrected.
             total: number of steps T.
-            prior: what is known of the outputs beforehand; None for polynomials.
             executor: reads numbers from the device.
             costs: what is spent is added here.
+            kept: see above.
         """
         self.planner, self.transitions, self.total = planner, tuple(transitions), total
-        self.prior, self.executor, self.costs = prior, executor, costs
+        self.executor, self.costs, self.kept = executor, costs, kept
+        self.prior: Prior | None = None
+        self.recorder: Recorder | None = None
         self.flow = bool(transitions) and all(abs(t.jacobian) < STRAIGHT for t in transitions)
         self.density = FLOW_DENSITY if self.flow else 1.0
-        self.depth = planner.config.anchors if prior is None else DEPTH  # outputs that a forecast is made of
 
     def play(self, call: Call) -> Any:
         """Return the output of one call, computed or forecast, and update the records of its branch.
@@ -151,14 +160,28 @@ class Player:
 
     def _weights(self, records: Sequence[Record], rows: Sequence[int], step: int) -> list[Sequence[float]]:
         """Forecast weights (n, K) of each row's own full steps, newest first; rows with equal pasts share them."""
-        of: dict[tuple[float, ...], Sequence[float]] = {}
+        of: dict[Any, Sequence[float]] = {}
         by_row: dict[int, Sequence[float]] = {}
         for record in records:
-            past = tuple(record.anchors)
-            if past not in of:
-                rule = extrapolation if self.prior is None else self.prior.rule
-                of[past] = rule(past, [step])[0]
-            by_row |= dict.fromkeys(record.rows, of[past])
+            prior, past = self._known(record)
+            if (prior, past) not in of:
+                rule = extrapolation if prior is None else prior.rule
+                of[prior, past] = rule(past, [step])[0]
+            by_row |= dict.fromkeys(record.rows, of[prior, past])
+        return [by_row[row] for row in rows]
+
+    def _known(self, record: Record) -> tuple[Prior | None, tuple[float, ...]]:
+        """The prior of a sample, and the full steps that its forecasts are made of, newest first."""
+        prior = self.prior if record.measured else None
+        return prior, tuple(record.anchors[: self.planner.config.anchors if prior is None else DEPTH])
+
+    def _expected(self, records: Sequence[Record], rows: Sequence[int], step: int) -> list[float | None]:
+        """The mean square of the innovation of each row that the prior expects, None without one."""
+        by_row: dict[int, float | None] = {}
+        for record in records:
+            prior, past = self._known(record)
+            nodes = [int(p) for p in past]
+            by_row |= dict.fromkeys(record.rows, None if prior is None else prior.innovation(nodes, step))
         return [by_row[row] for row in rows]
 
     # ------------------------------------------------------------------------------------------- full steps
@@ -171,6 +194,8 @@ class Player:
         kept = self._kept(branch, out, call.sample)
         streams = kept.form.split(out, len(rows))
         main, change, pending = streams[0], None, None
+        if self.recorder is not None and whole:
+            self.recorder.add(call.step, main)
         if self.transitions and not branch.uncorrected:
             change = self._correct(call, kept.corrector, records, rows, main)
             pending = kept.corrector.take(rows, self.transitions[call.step])
@@ -180,7 +205,7 @@ class Player:
         if kept.others is not None:
             kept.others.push(rows, streams[1:])
         for record in records:
-            record.anchors = [float(call.step), *record.anchors][: self.depth]
+            record.anchors = [float(call.step), *record.anchors][: self.kept]
         if pending is not None:
             streams[0] = main.float() + (pending if change is None else pending + change)
         return out, streams if pending is not None or not whole else None
@@ -199,9 +224,12 @@ class Player:
             moved = rows_of(drafted)
             part = on_device([rows.index(row) for row in moved], main.device)
             omega = self._quadrature(call.step, drafted, corrector)
-            weights = self._weights(drafted, moved, call.step) if self.prior is None else None
-            corrections, sizes = corrector.correction(moved, main[part], [omega[row] for row in moved], here, weights)
-            self._observe(drafted, sizes, corrector)
+            weights = self._weights(drafted, moved, call.step)
+            expected = self._expected(drafted, moved, call.step)
+            corrections, sizes, surprises = corrector.correction(
+                moved, main[part], [omega[row] for row in moved], here, weights, expected
+            )
+            self._observe(drafted, sizes, surprises, corrector)
             if config.corrector:
                 change = torch.zeros_like(main, dtype=torch.float32).index_add_(0, part, corrections[0] * here.jacobian)
                 corrector.add_pending(moved, corrections)
@@ -209,36 +237,44 @@ class Player:
         if self._measures(undrafted):
             known = rows_of(undrafted)
             part = on_device([rows.index(row) for row in known], main.device)
-            expected = corrector.forecast(known, self._weights(undrafted, known, call.step))
+            forecast = corrector.forecast(known, self._weights(undrafted, known, call.step))
             # The innovation in its effect on the next sample: the error of the draft that was not taken.
-            missed = (main[part].float() - expected) * here.effect[0]
-            self._observe(undrafted, missed.flatten(1).square().mean(1).sqrt() / here.size, corrector)
+            missed = (main[part].float() - forecast) * here.effect[0]
+            sizes = missed.flatten(1).square().mean(1).sqrt() / here.size
+            self._observe(undrafted, sizes, torch.zeros_like(sizes), corrector)
         return change
 
     def _quadrature(
         self, step: int, drafted: Sequence[Record], corrector: Corrector
     ) -> dict[int, tuple[tuple[float, ...], ...]]:
         """The quadrature weights of each row that has drafted; rows with equal pasts share them."""
-        rule = polynomial if self.prior is None else self.prior.rule
         found: dict[Any, tuple[tuple[float, ...], ...]] = {}
         by_row: dict[int, tuple[tuple[float, ...], ...]] = {}
         for record in drafted:
             drafts = corrector.drafts[record.rows[0]]
-            past = tuple(record.anchors), tuple(d.position for d in drafts)
+            prior, nodes = self._known(record)
+            past = prior, nodes, tuple(d.position for d in drafts)
             if past not in found:
-                found[past] = quadrature([float(step), *record.anchors], drafts, rule)
+                rule = polynomial if prior is None else prior.rule
+                found[past] = quadrature([float(step), *nodes], drafts, rule)
             by_row |= dict.fromkeys(record.rows, found[past])
         return by_row
 
-    def _observe(self, records: Sequence[Record], sizes: Tensor, corrector: Corrector) -> None:
-        """Let the planner plan by the estimated errors (n,) of drafts, or of the one that was not taken."""
-        if not self._measures(records):
+    def _observe(self, records: Sequence[Record], sizes: Tensor, surprises: Tensor, corrector: Corrector) -> None:
+        """Let the planner plan by the estimated errors (n,) of drafts, or of the one that was not taken; of samples
+        with a prior keep how much the innovations (n,) surprise."""
+        measured = self.prior is not None and any(r.measured for r in records)
+        if not measured and not self._measures(records):
             return
         self.costs.host_reads += 1
-        by_row = dict(zip(rows_of(records), self.executor.read(sizes), strict=True))
+        read = self.executor.read(torch.cat([sizes, surprises]))
+        by_row = dict(zip(rows_of(records), zip(read[: len(sizes)], read[len(sizes) :], strict=True), strict=True))
         for record in records:
-            drafts = max(1, len(corrector.drafts[record.rows[0]]))
-            self.planner.observe(record, worst([by_row[row] for row in record.rows]), drafts)
+            drafts = len(corrector.drafts[record.rows[0]])
+            if self._measures([record]):
+                self.planner.observe(record, worst([by_row[row][0] for row in record.rows]), max(1, drafts))
+            if drafts and self.prior is not None and record.measured:
+                record.surprises.append(fmean(by_row[row][1] for row in record.rows))
 
     def _measures(self, records: Sequence[Record]) -> bool:
         """Whether errors change the plan of any of these; of a budget alone, or a placement, none is read."""
@@ -252,8 +288,8 @@ class Player:
                 branch.uncorrected = form.uncorrectable
             correctable = self.transitions and not branch.uncorrected
             memory = len(self.transitions[0].keep) if correctable else 0
-            corrector = Corrector(self.depth, branch.rows, memory, TRUST if self.prior is None else math.inf)
-            others = History(self.depth, branch.rows) if len(form.dtypes) > 1 or form.channels else None
+            corrector = Corrector(self.kept, branch.rows, memory)
+            others = History(self.kept, branch.rows) if len(form.dtypes) > 1 or form.channels else None
             branch.kept = KeptOutputs(form, corrector, others)
         assert isinstance(branch.kept, KeptOutputs)
         return branch.kept

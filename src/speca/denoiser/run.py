@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
+from ..calibration.file import fitted, prior_of
+from ..calibration.knowledge import Kind, Knowledge
 from ..config import MIN_STEPS, SpecaConfig
-from ..core.controller import Planner, Record
+from ..core.controller import ACCEPTED, Plan, Planner, Record
 from ..core.generic import generic
-from ..core.placement import COARSE, cheapest, even, place
-from ..core.prior import Prior
+from ..core.placement import COARSE, LEAST, cheapest, even, place
+from ..core.prior import DEPTH, Prior
+from ..core.transition import Transition
 from ..reports.costs import Costs
 from ..reports.report import Report
 from ..sampler.response import Response
 from .branch import Branch
 from .executor import Executor
+from .learning import Recorder
 from .player import Call, Player
+
+LEARNING = "every step of this run is computed, to learn from it; later runs are accelerated by what it shows."
+
+DOUBT = 6.0
+"""Mean surprise of the full steps so far, one without surprise counted in, above which a prior is done without."""
 
 
 class Run:
     """A run of T calls of a denoiser, under way or over. Everything that changes in a run is kept here.
 
     Attributes:
-        config: the settings.
+        config: the settings, with the tolerance of a calibration that is used.
+        knowledge: where a prior is found, and where what the run shows is left.
         response: what the sampler does; without transitions nothing is corrected.
         total: number of steps T.
         executor: runs the model; by default at once.
         costs: what the calls have cost.
         planner: chooses the full steps; by default as `config` describes.
-        prior: what is known of the outputs beforehand.
+        prior: what is known of the outputs beforehand, from the second step on; None if nothing is.
+        learning: whether every step is computed, to learn from the run.
         player: answers the calls whose outputs are forecast.
         branches: by name, for instance "cond".
         notes: what the user should know of this run.
@@ -40,32 +53,39 @@ class Run:
         config: SpecaConfig,
         response: Response,
         total: int,
-        known: Prior | None = None,
+        knowledge: Knowledge | None = None,
         executor: Executor | None = None,
         costs: Costs | None = None,
         planner: Planner | None = None,
     ) -> None:
-        """`known` is the measured prior of the model, if there is one; the other arguments are attributes."""
-        alone = config.speedup and not config.tolerance and not config.schedule and config.prior != "generic"
-        if alone and known is None and planner is None and Planner(config).budget(total) < COARSE:
-            config = dataclasses.replace(config, order=0, corrector=False)  # as the sampler with so many steps
+        """The arguments are attributes; `knowledge` is empty where none is given."""
         self.config, self.response, self.total = config, response, total
+        self.knowledge = knowledge or Knowledge()
         self.executor = executor or Executor()
         self.costs = Costs() if costs is None else costs
         self.notes: list[str] = []
         self.branches: dict[str, Branch] = {}
+        self._given_planner = planner is not None
+        self.prior: Prior | None = None
         self.planner = planner or Planner(config)
-        self._measured = known is not None
-        self.prior = self._prior_for(known)
-        self.player = Player(self.planner, response.transitions, total, self.prior, self.executor, self.costs)
+        self.learning = False
+        self._settled = self._measured = self._doubted = False
+        self._kind: Kind | None = None
+        known = self.knowledge.given is not None or self.knowledge.learns
+        uses = bool(
+            (config.prior == "generic" or (config.prior == "measured" and known))
+            and response.transitions
+            and not self.planner.exact
+        )
+        if uses and not config.corrector:
+            self.note("the prior is not used: it needs the corrector.")
+        self._uses_prior = uses and config.corrector
+        kept = max(DEPTH, config.anchors) if self._uses_prior else config.anchors
+        self.player = Player(self.planner, response.transitions, total, self.executor, self.costs, kept)
+        if self._uses_prior and self.knowledge.learns and not self.idle:
+            self.player.recorder = Recorder(total)
         if response.note and not self.idle:
             self.note(f"{response.note}.")
-        free = not (config.speedup or config.schedule or self.planner.exact or self.idle) and self.prior is None
-        if free and response.transitions and response.transitions[0].noisy:
-            self.note(
-                "the sampler adds noise at each step, so outputs change abruptly and a tolerance lets few steps be "
-                "forecast; speedup= sets a budget."
-            )
 
     @property
     def idle(self) -> str:
@@ -93,23 +113,33 @@ class Run:
             self.notes.append(text)
 
     def branch(self, name: str, rows: int, rows_per_sample: int = 1) -> Branch:
-        """Return the branch called `name`, begun if it is new; where a prior places the full steps, it does so then."""
+        """Return the branch called `name`, begun if it is new."""
         found = self.branches.get(name)
         if found is None:
             found = self.branches[name] = Branch.begin(rows, rows_per_sample)
-            placement = self._placement()
-            for record in found.records:
-                record.placement = placement
+            found.placed = not self._settled  # `settle` places its full steps
         return found
 
     def play(self, call: Call) -> Any:
         """Answer one call, without forecasts where its branch has given up on them."""
         if not self.response.transitions and self.response.reason:
             self.note(f"nothing is corrected: {self.response.reason}.")
+        self.settle(call.step)
+        if not call.branch.placed:
+            self._place(call.branch.records, call.step)
+            call.branch.placed = True
         out = self.player.play(call)
         if call.branch.uncorrected:
             self.note(f"nothing is corrected: {call.branch.uncorrected}.")
+        if self.learning:
+            self._learn()
+        self._watch(call.branch, call.step)
         return out
+
+    def plans(self, branch: Branch, step: int) -> list[Plan]:
+        """Return what each sample of a branch would do at `step`."""
+        self.settle(step)
+        return self.player.plans(branch, step)
 
     def plain(self, branch: Branch, step: int, call: Callable[[], Any]) -> Any:
         """Run a call of all rows of a branch without forecasts, and count it."""
@@ -129,14 +159,22 @@ class Run:
         for branch in self.branches.values():
             if 0 <= branch.last < step - 1:
                 branch.restart()
+                branch.placed = not self._settled
 
     def restart(self) -> None:
-        """Drop what was kept in all branches, as where conditions change in mid-run: the next step is full."""
+        """Drop what was kept in all branches, as where conditions change in mid-run: the next step is full, and what is
+        left of the budget is placed anew."""
         for branch in self.branches.values():
             branch.restart()
+            branch.placed = not self._settled
 
     def end(self) -> None:
         """Drop all outputs that are kept; the records stay for the report."""
+        over = any(branch.last == self.total - 1 for branch in self.branches.values())
+        if self.learning and over and self._kind is not None:
+            self.knowledge.give_up(self._kind)  # the last step came, and yet there was nothing to learn from
+            self.note("nothing could be learnt from this run: its steps differ in their calls.")
+        self.player.recorder, self.learning = None, False
         for branch in self.branches.values():
             branch.forget()
 
@@ -148,39 +186,128 @@ class Run:
         """
         return Report.of(model, self.config.to_dict(), self.records, self.costs, self.notes)
 
-    # ------------------------------------------------------------------------------------------- the prior
-    def _prior_for(self, measured: Prior | None) -> Prior | None:
-        """What is known of the outputs of this run beforehand; the notes say why a measured prior is not used."""
-        c, steps = self.config, self.response.transitions
-        from_sampler = c.prior == "generic"
-        if c.prior == "none" or self.planner.exact or not steps or not (from_sampler or measured is not None):
-            return None
-        if not c.corrector:
-            if measured is not None or c.prior == "generic":
-                self.note("the prior is not used: it needs the corrector.")
-            return None
-        if measured is not None and measured.noisy != steps[0].noisy:
-            other = "adds noise at each step" if measured.noisy else "adds none"
-            self.note(f"the prior is not used: it was measured with a sampler that {other}, unlike this one.")
-            measured = None
-        if measured is not None:
-            return measured.at(self.response.noise)
-        self._measured = False
-        return generic(self.response.noise, tuple(steps)) if from_sampler else None
-
-    def _placement(self) -> frozenset[int] | None:
-        """The full steps where they are chosen beforehand: by a prior within tolerance and budget, or evenly where
-        there is only a budget; None where they are planned on the way."""
-        c, steps = self.config, self.response.transitions
-        if c.schedule or self.planner.exact:
-            return None
-        if self.prior is None:  # a budget alone is spent evenly
-            return (
-                frozenset(even(self.total, self.planner.budget(self.total), self.player.flow))
-                if not c.tolerance
-                else None
+    # ------------------------------------------------------------------------------------------- what is known
+    def settle(self, step: int) -> None:
+        """At the second step, choose the prior and the full steps: the first step, which is full in any case, has shown
+        which calls a step is made of, and so what the run has in common with earlier ones."""
+        if self._settled or step == 0 or not self.branches:
+            return
+        self._settled = True
+        recorder, self.player.recorder = self.player.recorder, None
+        known = self._find(recorder) if self._uses_prior else None
+        if self._kind is not None and known is None and self.config.prior != "generic" and recorder is not None:
+            self.learning = self.knowledge.teaches(self._kind)
+        if self.learning:
+            self.player.recorder = recorder
+            self.note(LEARNING)
+        self.player.prior = self.prior = known
+        if not self._given_planner:
+            self.planner = self.player.planner = Planner(self._adapted())
+        free = not (self.config.speedup or self.config.schedule or self.planner.exact or self.idle or self.prior)
+        if free and self.response.transitions and self.response.transitions[0].noisy:
+            self.note(
+                "the sampler adds noise at each step, so outputs change abruptly and a tolerance lets few steps be "
+                "forecast; speedup= sets a budget."
             )
-        found = cheapest(self.prior, steps, c.tolerance) if c.tolerance and self._measured else None
-        if c.speedup and (found is None or len(found.steps) > self.planner.budget(self.total)):
-            found = place(self.prior, steps, self.planner.budget(self.total))
-        return frozenset(found.steps) if found else None
+        self._place(self.records, 0)
+
+    def _find(self, recorder: Recorder | None) -> Prior | None:
+        """What is known of the outputs of this run; the notes say why a calibration is not used."""
+        steps, noise = self.response.transitions, self.response.noise
+        calls = [branch for branch in self.branches.values() if branch.last == 0]
+        size = recorder.elements if recorder is not None else 0
+        self._kind = Kind(tuple(len(b.records[0].rows) for b in calls), round(math.log2(size)) if size else 0)
+        found = self.knowledge.find(self._kind, noise, steps)
+        if found is not self.knowledge.given and (why := self.knowledge.why_not(self._kind, noise, steps)):
+            self.note(f"the calibration is not used: {why}.")
+        self._measured = found is not None
+        if found is not None:
+            self.config = fitted(self.config, found)
+            prior = prior_of(found)
+            assert prior is not None
+            return prior.at(noise)
+        return generic(noise, steps) if self.config.prior == "generic" else None
+
+    def _adapted(self) -> SpecaConfig:
+        """The settings as the planner follows them: all steps in full of a run that is learnt from; as the sampler with
+        so many steps where a budget is small and nothing is known."""
+        c = self.config
+        if self.learning:
+            return dataclasses.replace(c, tolerance=0.0, speedup=0.0, schedule=())
+        alone, budget = self.prior is None and not c.tolerance and not c.schedule, Planner(c).budget(self.total)
+        if c.speedup and alone and budget < COARSE:
+            self.note(
+                f"a budget of {budget} full steps is too small to forecast from, as nothing is known of the model; it "
+                f"is spent as the sampler with {budget} steps would, and {COARSE} or more give more."
+            )
+            return dataclasses.replace(c, order=0, corrector=False)
+        return c
+
+    def _place(self, records: Sequence[Record], step: int) -> None:
+        """Place the full steps of some samples from `step` on, within what is left of their budget."""
+        for record in records:
+            same = [r for r in self.records if r.sample == record.sample]
+            spent = max(sum(d != ACCEPTED for s, d in zip(r.steps, r.decisions, strict=True) if s < step) for r in same)
+            record.placement = self._placement(step, spent, record.measured)
+
+    def _placement(self, begin: int, spent: int, measured: bool) -> frozenset[int] | None:
+        """The full steps from step `begin` on where they are chosen beforehand: by a prior within tolerance and what is
+        left of the budget, or evenly where there is only a budget; None where they are planned on the way."""
+        c, steps, rest = self.config, self.response.transitions, self.total - begin
+        if c.schedule or self.planner.exact or rest <= 0:
+            return None
+        left = min(rest, max(1, self.planner.budget(self.total) - spent))
+        prior = self.prior if measured else None
+        if prior is None:  # a budget alone is spent evenly
+            return None if c.tolerance else frozenset(begin + s for s in even(rest, left, self.player.flow))
+        prior, steps = _rest(prior, steps, begin)
+        found = cheapest(prior, steps, c.tolerance) if c.tolerance and self._measured and rest > LEAST else None
+        if c.speedup and (found is None or len(found.steps) > left):
+            found = place(prior, steps, left)
+        return frozenset(begin + s for s in found.steps) if found else None
+
+    # ------------------------------------------------------------------------------------------- what is learnt
+    def _learn(self) -> None:
+        """Keep what the run has shown, once its last step has had all its calls."""
+        recorder = self.player.recorder
+        if recorder is None or not recorder.complete or self._kind is None:
+            return
+        moments, noise = recorder.moments(), self.response.noise
+        if moments is None:
+            self.knowledge.give_up(self._kind)
+            self.note("nothing could be learnt from this run: its steps differ in their calls.")
+        else:
+            noisy = self.response.transitions[0].noisy
+            self.knowledge.learn(self._kind, Prior(tuple(noise[s] for s in recorder.steps), moments, noisy=noisy))
+        self.player.recorder, self.learning = None, False
+
+    def _watch(self, branch: Branch, step: int) -> None:
+        """Do without the prior for samples whose full steps show that it does not hold."""
+        if not self._measured:
+            return
+        for record in branch.records:
+            if record.measured and sum(record.surprises) > DOUBT * (len(record.surprises) + 1):
+                mine = [r for r in self.records if r.sample == record.sample]
+                for same in mine:
+                    same.measured = False
+                self._place(mine, step)
+                self._doubt(branch)
+
+    def _doubt(self, branch: Branch) -> None:
+        """Say that some samples go on without the prior; if they are most of them, it is not used again."""
+        self.note(
+            "what is known of the model does not hold for some samples, as their full steps show; they went on "
+            "without it."
+        )
+        most = 2 * sum(not record.measured for record in branch.records) > len(branch.records)
+        if most and not self._doubted and self._kind is not None:
+            self._doubted = True
+            self.knowledge.doubt(self._kind)
+
+
+@lru_cache(maxsize=64)  # the same object for the same steps, so that its placements are found once
+def _rest(prior: Prior, transitions: tuple[Transition, ...], begin: int) -> tuple[Prior, tuple[Transition, ...]]:
+    """What is known of the steps from `begin` on."""
+    if not begin:
+        return prior, transitions
+    return Prior(prior.noise[begin:], prior.moments[begin:, begin:], noisy=prior.noisy), transitions[begin:]

@@ -11,17 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calibration.file import Calibration
+from ..calibration.knowledge import Knowledge
 from ..config import UNPLANNED, Config, VerifiedConfig
 from ..core.controller import Plan, Planner
-from ..core.prior import Prior
 from ..denoiser.arguments import CACHE_ARGUMENTS, PACKED, argument, kind_of, sample_name, time_name
 from ..denoiser.branch import Branch
 from ..denoiser.executor import Evaluation
 from ..denoiser.partial import PartialCalls
 from ..denoiser.player import Call
 from ..denoiser.rows import Invocation, batch_size
-from ..denoiser.run import Run
+from ..denoiser.run import LEARNING, Run
 from ..errors import NotEnabledError
 from ..reports.report import Report
 from ..verified.drafts import VerifiedDrafts
@@ -44,7 +43,7 @@ class Accelerator:
         model: the accelerated module.
         config: the settings.
         scheduler, steps, time: see `enable`; scheduler and steps of a single module only.
-        known: what was measured of the model.
+        knowledge: what is known of the model.
         stacked: guidance branches that one's own loop stacks in one call.
         compiled: whether `torch.compile(module)` has wrapped the module.
         drafts: the verified drafts, attached when a run first needs them.
@@ -64,13 +63,13 @@ class Accelerator:
         *,
         scheduler: Any = None,
         steps: int | None = None,
-        known: Calibration | Prior | None = None,
+        knowledge: Knowledge | None = None,
         time: str | None = None,
         branches: int = 1,
         compiled: bool = False,
     ) -> None:
         """`home` is what was enabled: a pipeline, or the module itself; the other arguments are attributes."""
-        self.model, self.config, self.known = model, config, known
+        self.model, self.config, self.knowledge = model, config, knowledge
         self.scheduler, self.steps, self.time, self.stacked = scheduler, steps, time, branches
         self.compiled = compiled
         self.drafts = VerifiedDrafts(model)
@@ -145,7 +144,7 @@ class Accelerator:
             of = weakref.ref(owner)  # a pipeline may be dropped, or given another scheduler
             own = pipeline is None and (self.scheduler is not None or self.steps is not None)
             scheduler = (lambda: self.scheduler) if own else (lambda: getattr(of(), "scheduler", None))
-            found = Caller(scheduler, self.steps if own else None, self.config, self.known)
+            found = Caller(scheduler, self.steps if own else None, self.config, self.knowledge)
             found.planner = self.planner
         self.callers[owner] = found
         return found
@@ -160,7 +159,7 @@ class Accelerator:
         if index is None or index <= caller.begin:
             return False
         step = index - caller.begin
-        plans = [plan for b in run.branches.values() if b.last == step - 1 for plan in run.player.plans(b, step)]
+        plans = [plan for b in run.branches.values() if b.last == step - 1 for plan in run.plans(b, step)]
         return bool(plans) and all(plan is Plan.DRAFT for plan in plans)
 
     # ------------------------------------------------------------------------------------------- one call
@@ -216,6 +215,8 @@ class Accelerator:
 
         works = partial(self.partial.work, call, branch.rows, executor.plain)
         out = run.play(Call(branch, step, evaluate, sample, works))
+        if run.learning:
+            self._note(caller, f"{type(self.model).__name__}: {LEARNING}")
         if branch.plain:
             self._note(caller, f"{type(self.model).__name__} runs plainly from step {step} on: {branch.plain}.")
         return out

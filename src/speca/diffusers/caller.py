@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..calibration.file import Calibration, fitted, prior_of
+from ..calibration.knowledge import Knowledge
 from ..config import Config, SpecaConfig
 from ..core.controller import Planner
-from ..core.prior import Prior
 from ..denoiser.branch import Branch
 from ..denoiser.executor import Executor
 from ..denoiser.run import Run
@@ -28,8 +27,8 @@ class Caller:
     Attributes:
         clock: places calls on the time axis of the scheduler in use.
         names: tells branches apart.
-        config: the settings, with what a calibration gives.
-        known: the measured prior of the model, if there is one.
+        config: the settings.
+        knowledge: what is known of the models.
         executor: runs the models, at once unless an engine gives its own.
         planner: in place of the one that the settings describe.
         run: the run under way or the last one, None before the first call that could be placed.
@@ -43,13 +42,12 @@ class Caller:
         scheduler: Callable[[], Any],
         steps: int | None,
         config: Config,
-        known: Calibration | Prior | None = None,
+        knowledge: Knowledge | None = None,
         executor: Executor | None = None,
     ) -> None:
-        """`scheduler` and `steps` are for the clock, `known` is what was measured of the model."""
+        """`scheduler` and `steps` are for the clock, the others are attributes."""
         self.clock, self.names = Clock(scheduler, steps), Branches()
-        self.config = fitted(config, known) if isinstance(config, SpecaConfig) else config
-        self.known = prior_of(known)
+        self.config, self.knowledge = config, knowledge
         self.executor = executor or Executor()
         self.planner: Planner | None = None
         self.run: Run | None = None
@@ -71,12 +69,13 @@ class Caller:
         placed = self.clock.place(given, context)
         if placed is not None and placed.fresh:
             if self.run is not None:  # the run before was broken off, or was a loop that tells of no end
+                self.run.end()
                 self._start()
             self.begin, total = placed.index, placed.total - placed.index
             planned = self.config if isinstance(self.config, SpecaConfig) else None
             response = self._response(total) if planned else Response()
             config = planned or SpecaConfig(prior="none", corrector=False)
-            self.run = Run(config, response, total, self.known, self.executor, self.costs, self.planner)
+            self.run = Run(config, response, total, self.knowledge, self.executor, self.costs, self.planner)
             self.run.notes[:0] = self.notes
             self.notes = self.run.notes
         self.costs.host_reads += self.clock.device_reads - reads
@@ -128,4 +127,6 @@ class Caller:
         """
         name = ", ".join(self.models) or model
         records = self.run.records if self.run is not None else []
-        return Report.of(name, self.config.to_dict(), records, self.costs, self.notes)
+        planned = self.run is not None and isinstance(self.config, SpecaConfig)
+        config = self.run.config if planned and self.run is not None else self.config
+        return Report.of(name, config.to_dict(), records, self.costs, self.notes)

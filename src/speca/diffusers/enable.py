@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..calibration.cache import PriorCache, default_folder, fingerprint
 from ..calibration.file import Calibration, known_from
+from ..calibration.knowledge import Knowledge
 from ..config import MIN_STEPS, Config, SpecaConfig, VerifiedConfig
 from ..core.prior import Prior
 from ..errors import ConfigError, NotEnabledError, UnsupportedModelError
@@ -30,7 +32,7 @@ def enable(
     *,
     scheduler: Any = None,
     num_inference_steps: int | None = None,
-    calibration: Calibration | Prior | str | Path | Literal[False] | None = None,
+    calibration: Calibration | Prior | str | Path | Literal["auto", False] | None = "auto",
     time: str | None = None,
     branches: int = 1,
     **overrides: Any,
@@ -51,9 +53,11 @@ def enable(
         scheduler: for a single model, the scheduler whose timesteps it is given and whose `step` is given its output;
             `speca/sampler/scheduler.py` says what one of your own must offer.
         num_inference_steps: for a single model without scheduler, the number of its calls in a run, at least 4.
-        calibration: what `speca.calibrate` found, its file, or a `Prior` alone. It gives the prior and, for a preset
-            without `tolerance` or `speedup`, the tolerance. By default the one in the folder that the pipeline came
-            from, `speca.json`, if it is there and fits; False: none.
+        calibration: what is known of the model. "auto": the calibration in the folder that the pipeline came from,
+            `speca.json`, if it is there and fits; else what earlier runs on this machine have taught; else the first
+            run is computed in full, and later ones use what it shows (docs/method.md). None: the same without
+            learning. False: nothing. Or what `speca.calibrate` found, its file, or a `Prior`. A calibration gives the
+            tolerance too, for a preset without `tolerance` or `speedup`.
         time: for a single model, the name of the argument that carries the time, if it is none of the usual ones; one
             inside a dictionary is written with a dot, "cond.sigma".
         branches: for a single model in one's own loop, how many guidance branches it stacks in one call: 2 where the
@@ -67,7 +71,7 @@ def enable(
     """
     models = [hookable(model) for model in denoisers_of(target)]
     config = SpecaConfig.build(preset, **overrides)
-    known = _known(calibration, target, models[0])
+    knowledge = _knowledge(calibration, target, models)
     _demand_placed(target, scheduler, num_inference_steps, branches)
     for model in models:
         demand_alone(model)
@@ -77,8 +81,8 @@ def enable(
     try:
         for model in models:
             accelerator = Accelerator(
-                bare(model), config, target, scheduler=scheduler, steps=num_inference_steps, known=known, time=time,
-                branches=branches, compiled=bare(model) is not model,
+                bare(model), config, target, scheduler=scheduler, steps=num_inference_steps, knowledge=knowledge,
+                time=time, branches=branches, compiled=bare(model) is not model,
             )  # fmt: skip
             _attach(model, accelerator)
         _attach_controlnets(target, models)
@@ -186,14 +190,19 @@ def _accelerated(target: Any) -> list[tuple[nn.Module, Accelerator]]:
     return [(m, m.__dict__[ATTRIBUTE]) for m in models if ATTRIBUTE in m.__dict__]
 
 
-def _known(calibration: Any, target: Any, model: nn.Module) -> Calibration | Prior | None:
-    """The calibration that was given, which has to fit, or the one that the pipeline came with."""
-    if calibration is None:
-        return Calibration.beside(target)
+def _knowledge(calibration: Any, target: Any, models: list[nn.Module]) -> Knowledge:
+    """What is known of the models: the calibration that was given, which has to fit, or the one that the pipeline came
+    with, and what this machine has learnt."""
+    if calibration is None or calibration == "auto":
+        folder = default_folder() if calibration else None
+        known = Calibration.beside(target)
+        if not calibration or folder is None:
+            return Knowledge(known)
+        return Knowledge(known, PriorCache(folder), lambda: "-".join(fingerprint(bare(model)) for model in models))
     found = known_from(calibration)
     if isinstance(found, Calibration):
-        found.demand_fit(type(bare(model)).__name__)
-    return found
+        found.demand_fit(type(bare(models[0])).__name__)
+    return Knowledge(found)
 
 
 def _demand_blocks(model: nn.Module) -> None:

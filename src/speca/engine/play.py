@@ -48,7 +48,7 @@ def play(
     if request.preview:
         watch(mine.scheduler, future.show)
     owner = weakref.ref(mine)
-    known = accelerators[0].known
+    known = accelerators[0].knowledge
     caller = Caller(lambda: getattr(owner(), "scheduler", None), None, request.config, known, executor)
     for accelerator in accelerators:
         accelerator.callers[mine] = caller

@@ -1,0 +1,118 @@
+"""What is known of one model: the calibration that was given or came with it, and what its full runs have taught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ..core.generic import blended
+from ..core.prior import Prior
+from ..core.transition import Transition
+from .cache import PriorCache
+from .file import Calibration, prior_of
+
+AGAIN = 4
+"""Full runs that a kind of call is learnt from, if later runs keep showing that what was learnt does not hold."""
+
+
+class Kind(NamedTuple):
+    """What a prior belongs to besides its model.
+
+    Attributes:
+        branches: rows of a sample in each call of a step: (2,) where guidance stacks its branches in one call, (1, 1)
+            where it makes two calls, (1,) without guidance.
+        octave: base-2 logarithm of the number of elements of an output, rounded: pictures of half the area are another
+            kind.
+    """
+
+    branches: tuple[int, ...]
+    octave: int
+
+
+class Knowledge:
+    """Where a run finds a prior, and where it leaves what it has learnt.
+
+    Attributes:
+        given: the calibration or prior of the model, if there is one.
+        learns: whether a run of which nothing is known is to be computed in full, to learn from it.
+    """
+
+    def __init__(
+        self,
+        given: Calibration | Prior | None = None,
+        cache: PriorCache | None = None,
+        model: Callable[[], str] = lambda: "",
+    ) -> None:
+        """
+        Args:
+            given: see above.
+            cache: where priors of full runs are kept; None to learn nothing.
+            model: returns the fingerprint of the model as it is now.
+        """
+        self.given, self._cache, self._model = given, cache, model
+        self._now = ""  # the fingerprint when something was last looked for, at the beginning of a run
+        self._refused: set[Kind] = set()  # kinds of call for which what is given was found not to hold
+        self._runs: dict[tuple[str, Kind], int] = {}  # full runs that were learnt from in vain, by what they were of
+
+    @property
+    def learns(self) -> bool:
+        """Whether full runs are learnt from."""
+        return self._cache is not None
+
+    def find(
+        self, kind: Kind, noise: Sequence[float], transitions: tuple[Transition, ...]
+    ) -> Calibration | Prior | None:
+        """Return what is known of a run, None if nothing is.
+
+        Args:
+            kind: the kind of its calls.
+            noise: (T,) where its steps stand, see `Prior.noise`.
+            transitions: (T,) what its sampler does.
+        """
+        if self.given is not None and not self.why_not(kind, noise, transitions):
+            return self.given
+        if self._cache is None:
+            return None
+        self._now = self._model()
+        found = self._cache.find((self._now, *kind, transitions[0].noisy), noise)
+        return None if found is None or not found.covers(noise) else blended(found.at(noise), transitions)
+
+    def _fits(self, kind: Kind) -> bool:
+        branches = self.given.branches if isinstance(self.given, Calibration) else ()
+        return not branches or branches == kind.branches
+
+    def why_not(self, kind: Kind, noise: Sequence[float], transitions: tuple[Transition, ...]) -> str:
+        """Return why what was given is not used in a run, empty if nothing was given or it is used."""
+        given = prior_of(self.given)
+        if given is None:
+            return ""
+        if given.noisy != transitions[0].noisy:
+            other = "adds noise at each step" if given.noisy else "adds none"
+            return f"it was measured with a sampler that {other}, unlike this one"
+        if not self._fits(kind):
+            return "it was measured with another kind of guidance than that of this call"
+        if not given.covers(noise):
+            return "it was measured at steps too far apart for the steps of this run"
+        return "full steps of an earlier run showed that it does not hold here" if kind in self._refused else ""
+
+    def teaches(self, kind: Kind) -> bool:
+        """Return whether a full run of this kind is to be learnt from, as nothing is known of it."""
+        return self._cache is not None and self._runs.get((self._now, kind), 0) < AGAIN
+
+    def learn(self, kind: Kind, prior: Prior) -> None:
+        """Keep what a full run has shown."""
+        assert self._cache is not None
+        self._cache.add((self._now, *kind, prior.noisy), prior)
+
+    def doubt(self, kind: Kind) -> None:
+        """Note that what was found for this kind of call did not hold in a run: it is not used again, and the next run
+        is learnt from, up to a few times."""
+        self._refused.add(kind)
+        if self._cache is not None:
+            key = (self._now, kind)
+            self._runs[key] = self._runs.get(key, 0) + 1
+
+    def give_up(self, kind: Kind) -> None:
+        """Note that nothing can be learnt from runs of this kind."""
+        if self._cache is not None:
+            self._runs[self._now, kind] = AGAIN
