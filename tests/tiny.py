@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import speca
+from speca.core import correction
 from speca.core.correction import Corrector
 
 diffusers.utils.logging.set_verbosity_error()
@@ -159,5 +160,6 @@ PIPELINES: dict[str, Callable[[], Case]] = {
 
 
 def take_corrections_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that compare with what corrections would do if nothing shortened them."""
+    """For tests that compare with what forecasts and corrections would do if nothing shortened them."""
+    monkeypatch.setattr(correction, "ADAPT", 0.0)
     monkeypatch.setattr(Corrector, "trust", staticmethod(lambda size, surprise, expected: torch.ones_like(size)))

@@ -62,5 +62,5 @@ def test_what_cannot_be_calibrated_says_what_to_pass() -> None:
     denoise = denoiser()
     with pytest.raises(speca.InputError, match="one sample for each of 10 seeds"):
         speca.calibrate(denoise, loop=lambda seeds: torch.zeros(3, 8), samples=10, confidence=0.8)
-    with pytest.raises(speca.InputError, match="called the denoiser 0 times, not 24"):
+    with pytest.raises(speca.InputError, match="No step was taken"):
         speca.calibrate(denoise, loop=noise, samples=10, confidence=0.8)

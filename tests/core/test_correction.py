@@ -36,13 +36,15 @@ def _drafted(jacobian: float = 0.0) -> tuple[Corrector, Transition, torch.Tensor
 
 LINE = [[5.0, -4.0]] * 2
 """Weights of the line through the kept outputs: 1.3 and 2.6 are forecast, where 0.5 and 1.0 were kept last."""
+APART = [[0], [1]]
 WHOLE: list[float | None] = [1e12] * 2
 """Of a prior that expects any innovation, so that corrections are taken whole."""
+NONE = torch.zeros(2)
 
 
 def test_correction_is_what_the_interpolated_outputs_would_have_done() -> None:
     kept, step, out, omega = _drafted()
-    (correction,), size, _ = kept.correction([0, 1], out, omega, step, LINE, WHOLE)
+    (correction,), size = kept.correction([0, 1], out, omega, step, NONE, WHOLE)
     drift = 0.0
     for value in (0.6, 0.7, 0.8):
         drift = 0.9 * drift - 0.5 * value
@@ -54,41 +56,58 @@ def test_correction_is_what_the_interpolated_outputs_would_have_done() -> None:
 
 def test_without_a_prior_large_corrections_are_shortened_and_those_that_the_innovation_speaks_against() -> None:
     kept, step, out, omega = _drafted()
-    (whole,), size, _ = kept.correction([0, 1], out, omega, step, LINE, WHOLE)
+    (whole,), size = kept.correction([0, 1], out, omega, step, NONE, WHOLE)
     for value, missed in ((0.9, 1.0), (1.3, 0.0), (0.58, (0.72 / 0.08) ** 2)):
         output = torch.tensor([[value], [2 * value]])
-        surprise = kept.surprise([0, 1], output, LINE, [None, None])
+        surprise = _drafted()[0].observe([0, 1], output, LINE, [None, None], APART)
         torch.testing.assert_close(surprise, torch.tensor([missed, missed]), rtol=1e-4, atol=1e-10)
-    (weighed,), same, surprise = kept.correction([0, 1], out, omega, step, LINE, [None, None])
-    torch.testing.assert_close(weighed, whole / 2 / (1 + (size / module.TRUST) ** 2).unsqueeze(1))
-    torch.testing.assert_close(surprise, torch.ones(2))
-    assert torch.equal(same, size), "the estimated error is that of the whole correction"
+        (weighed,), same = kept.correction([0, 1], out, omega, step, surprise, [None, None])
+        shares = 1 / (1 + surprise**2) / (1 + (size / module.TRUST) ** 2)
+        torch.testing.assert_close(weighed, whole * shares.unsqueeze(1))
+        assert torch.equal(same, size), "the estimated error is that of the whole correction"
 
 
 def test_with_a_prior_a_correction_counts_as_far_as_the_innovation_is_what_was_expected() -> None:
     """0.4 and 0.8 are missed; a sample beside, of which nothing is known, changes nothing."""
     kept, step, out, omega = _drafted()
-    (whole,), *_ = kept.correction([0, 1], out, omega, step, LINE, WHOLE)
-    for expected, surprise in ((0.16, 1.0), (0.016, 10.0), (0.0016, 100.0)):
-        (found,), _, surprises = kept.correction([0, 1], out, omega, step, LINE, [expected, None])
-        assert float(surprises[0]) == pytest.approx(surprise, rel=1e-4)
-        share = 1 / (1 + (surprise / module.SURPRISE) ** 2)
-        torch.testing.assert_close(found[0], whole[0] * share)
+    (whole,), _ = kept.correction([0, 1], out, omega, step, NONE, WHOLE)
+    for expected, wanted in ((0.16, 1.0), (0.016, 10.0), (0.0016, 100.0)):
+        surprise = _drafted()[0].observe([0, 1], out, LINE, [expected, None], APART)
+        assert surprise.tolist() == pytest.approx([wanted, 1.0], rel=1e-4)
+        (found,), _ = kept.correction([0, 1], out, omega, step, surprise, [expected, None])
+        torch.testing.assert_close(found[0], whole[0] / (1 + (wanted / module.SURPRISE) ** 2))
+
+
+def test_forecasts_go_as_far_as_the_last_ones_should_have_gone() -> None:
+    """0.9 lies half way from 0.5, the last output, to the line's 1.3, so the gain goes from 1 half way to 1/2; of two
+    rows of one sample the lower one counts."""
+    for out, together, gains in (
+        ([0.9, 2.6], APART, [0.75, 1.0]), ([0.9, 2.6], [[0, 1], [0, 1]], [0.75, 0.75]), ([0.1, 9.0], APART, [0.5, 1.0]),
+    ):  # fmt: skip
+        kept, *_ = _drafted()
+        assert torch.equal(kept.forecast([0, 1], LINE), torch.tensor([[1.3], [2.6]]))
+        kept.observe([0, 1], torch.tensor(out).unsqueeze(1), LINE, [None, None], together)
+        wanted = [[0.5 + 0.8 * gains[0]], [1.0 + 1.6 * gains[1]]]
+        torch.testing.assert_close(kept.forecast([0, 1], LINE), torch.tensor(wanted))
+        torch.testing.assert_close(kept.forecast([1], LINE[:1]), torch.tensor(wanted[1:]))
 
 
 def test_correction_solves_the_implicit_equation() -> None:
     """The full step is worth `out + jacobian * d` at the place that the sample is corrected to."""
     kept, step, out, omega = _drafted(jacobian=0.8)
-    (d,), *_ = kept.correction([0, 1], out, omega, step, LINE, WHOLE)
+    (d,), _ = kept.correction([0, 1], out, omega, step, NONE, WHOLE)
     flat = Transition((0.9,), (-0.5,), 0.0, size=2.0)
-    (explicit,), *_ = _drafted()[0].correction([0, 1], out + 0.8 * d, omega, flat, LINE, WHOLE)
+    (explicit,), _ = _drafted()[0].correction([0, 1], out + 0.8 * d, omega, flat, NONE, WHOLE)
     torch.testing.assert_close(d, explicit, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_are_independent_and_memory_is_counted() -> None:
     kept, step, out, omega = _drafted()
-    (both,), *_ = kept.correction([0, 1], out, omega, step, LINE, [None, 0.1])
-    (alone,), *_ = kept.correction([1], out[1:], omega[:1], step, LINE[:1], [0.1])
+    surprise = kept.observe([0, 1], out, LINE, [None, 0.1], APART)
+    (both,), _ = kept.correction([0, 1], out, omega, step, surprise, [None, 0.1])
+    other = _drafted()[0]
+    assert torch.equal(other.observe([1], out[1:], LINE[:1], [0.1], [[0]]), surprise[1:])
+    (alone,), _ = other.correction([1], out[1:], omega[:1], step, surprise[1:], [0.1])
     torch.testing.assert_close(alone, both[1:])
     assert kept.bytes() == 2 * (2 + 1) * 4  # rows x (kept outputs + drift) x fp32
     kept.add_full([1], out[1:])

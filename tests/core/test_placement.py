@@ -77,8 +77,9 @@ def play(outputs: torch.Tensor, prior: Prior, transitions: Sequence[Transition],
             if corrector.drafts[0]:
                 met += float((off[0] / t.size).square().mean())
                 omega = quadrature([step, *anchors], corrector.drafts[0], prior.rule)
-                weights = prior.rule(anchors, [step]) * SAMPLES
-                moves, *_ = corrector.correction(rows, told, [omega] * SAMPLES, t, weights, [1e12] * SAMPLES)
+                moves, _ = corrector.correction(
+                    rows, told, [omega] * SAMPLES, t, torch.zeros(SAMPLES), [None] * SAMPLES
+                )
             off = [o + m for o, m in zip(off, moves, strict=True)]
             used = told + t.jacobian * moves[0]
             corrector.add_full(rows, told, t.jacobian * moves[0].float())

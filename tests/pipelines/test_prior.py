@@ -151,7 +151,7 @@ def test_a_prior_serves_other_samplers(name: str) -> None:
         decibels[calibration] = psnr(images(), wanted).mean().item()
         report = speca.report(pipe)
         assert {s.decisions.count("F") for s in report.samples} == {6} and not report.notes[1:]
-    assert decibels[None] > decibels[False] + 3  # whose full steps are evenly apart
+    assert decibels[None] > decibels[False] + 1.25  # whose full steps are evenly apart
 
 
 def test_what_was_measured_with_noise_is_kept_apart() -> None:

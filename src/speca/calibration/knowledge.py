@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from ..core.generic import blended
 from ..core.prior import Prior
@@ -35,7 +38,10 @@ class Knowledge:
     Attributes:
         given: the calibration or prior of the model, if there is one.
         learns: whether a run of which nothing is known is to be computed in full, to learn from it.
+        lesson: what to tell the user of such a run, empty for nothing.
     """
+
+    lesson = "every step of this run is computed, to learn from it; later runs are accelerated by what it shows."
 
     def __init__(
         self,
@@ -116,3 +122,49 @@ class Knowledge:
         """Note that nothing can be learnt from runs of this kind."""
         if self._cache is not None:
             self._runs[self._now, kind] = AGAIN
+
+
+class Learner(Knowledge):
+    """Knows nothing, so that every run is computed in full, and keeps what each has shown.
+
+    Attributes:
+        runs: the kind of each run and its prior.
+    """
+
+    lesson = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: list[tuple[Kind, Prior]] = []
+
+    @property
+    def learns(self) -> bool:
+        """Yes."""
+        return True
+
+    def find(
+        self, kind: Kind, noise: Sequence[float], transitions: tuple[Transition, ...]
+    ) -> Calibration | Prior | None:
+        """Return None."""
+        return None
+
+    def teaches(self, kind: Kind) -> bool:
+        """Return True."""
+        return True
+
+    def learn(self, kind: Kind, prior: Prior) -> None:
+        """Keep what a run has shown."""
+        self.runs.append((kind, prior))
+
+    def give_up(self, kind: Kind) -> None:
+        """Do nothing: the next run may be another."""
+
+    def mean(self) -> tuple[Kind, Prior] | None:
+        """Return the most frequent kind of run and the mean prior of its runs that have the same steps as the first of
+        them; None if nothing was learnt."""
+        if not self.runs:
+            return None
+        kind = Counter(kind for kind, _ in self.runs).most_common(1)[0][0]
+        priors = [prior for one, prior in self.runs if one == kind]
+        same = [p.moments for p in priors if p.noise == priors[0].noise]
+        return kind, Prior(priors[0].noise, np.mean(same, axis=0), noisy=priors[0].noisy)

@@ -17,8 +17,8 @@ from ..diffusers.components import denoisers_of
 from ..errors import InputError
 from ..reports.measure import generate, joined, run_once, split
 from ..reports.report import Report
-from .knowledge import Knowledge
-from .recording import Recording, record
+from .knowledge import Knowledge, Learner
+from .recording import Recording, record, recorded
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -90,34 +90,23 @@ class LoopSubject:
         Raises:
             InputError: the sampler is not linear, or the loop called the denoiser in another way than it does.
         """
-        response = self.denoise.response
-        if not response.transitions:
-            raise InputError(f"there is nothing to calibrate: {response.reason}. Use a linear sampler.")
-        total, samples = torch.zeros(()), []
-        for part in self._parts():
-            with self.denoise.recording() as outputs:
-                samples.append(self._drawn(part))
-            if len(outputs) != len(response.times):
-                raise InputError(f"the loop called the denoiser {len(outputs)} times, not {len(response.times)}.")
-            known = torch.stack([out.detach().double().cpu().flatten(1) for out in outputs], 1)  # (B, T, size)
-            share = len(part) / len(self.seeds) / known.shape[0] / known.shape[2]
-            total = total + share * torch.einsum("bid,bjd->ij", known, known)
-        images = torch.cat(samples)
+        learner, response = Learner(), self.denoise.response
+        with self._settings(SpecaConfig(), learner):
+            images = torch.cat([self._drawn(part) for part in self._parts()])
+            report = self.denoise.report() if self.denoise.started else None
         self._scale = float(images.max() - images.min()) or 1.0
-        noisy = response.transitions[0].noisy
-        prior = Prior(response.noise, (total + total.T).numpy() / 2, noisy=noisy)
-        return Recording(prior, response.transitions, images / self._scale)
+        return recorded(learner, response, images / self._scale, report)
 
     def attempt(self, config: SpecaConfig, prior: Prior) -> tuple[Tensor, Report]:
         """Return the samples with these settings and this prior, and the report of the last batch."""
-        with self._settings(config, prior):
+        with self._settings(config, Knowledge(prior)):
             samples = torch.cat([self._drawn(part) for part in self._parts()])
             return samples / self._scale, self.denoise.report()
 
     @contextmanager
-    def _settings(self, config: SpecaConfig, prior: Prior) -> Iterator[None]:
+    def _settings(self, config: SpecaConfig, knowledge: Knowledge) -> Iterator[None]:
         before = self.denoise.config, self.denoise.knowledge
-        self.denoise.config, self.denoise.knowledge = config, Knowledge(prior)
+        self.denoise.config, self.denoise.knowledge = config, knowledge
         self.denoise.reset()
         try:
             yield

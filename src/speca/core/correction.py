@@ -37,6 +37,9 @@ from .transition import Transition, advance
 TRUST = 0.05
 """Without a prior, a correction of this root mean square, in units of the straight path, is halved."""
 
+ADAPT = 0.5
+"""Share of what the last full step says in how far the next forecasts leave the last output (`Corrector.observe`)."""
+
 SURPRISE = 10.0
 """With a prior, a correction is halved where the innovation has so many times the mean square that was expected."""
 
@@ -106,6 +109,7 @@ class Corrector:
         with 0 nothing is corrected and outputs are only kept."""
         self.memory = memory
         self.history = History(depth, rows, torch.float32)
+        self.gain: Tensor | None = None  # (B,) by which forecasts leave the last output, None before the first
         self.drafts: list[list[Draft]] = [[] for _ in range(rows)]  # since each row's last full step
         # p tensors (B, ...): how much those drafts have changed the samples from here on, and corrections of these
         # samples that are not applied yet.
@@ -113,7 +117,20 @@ class Corrector:
         self._pending: list[Tensor] = []
 
     def forecast(self, rows: Sequence[int], weights: Sequence[Sequence[float]]) -> Tensor:
-        """Return the weighted sums (n, ...) of the kept outputs, for weights (n, K), newest full step first."""
+        """Return the forecasts (n, ...) from the kept outputs: the newest one, plus what the weighted sums differ from
+        it times the gain of each row.
+
+        Args:
+            rows: n rows.
+            weights: (n, K), newest full step first.
+        """
+        found = self._sum(rows, weights)
+        if self.gain is None:
+            return found
+        gain = self._of([self.gain], rows)[0].view(-1, *[1] * (found.dim() - 1))
+        return torch.lerp(self._sum(rows, [[1.0]] * len(rows)), found, gain)
+
+    def _sum(self, rows: Sequence[int], weights: Sequence[Sequence[float]]) -> Tensor:
         return self.history.forecast(rows, weights)[0]
 
     def add_draft(self, rows: Sequence[int], output: Tensor, position: float, transition: Transition) -> None:
@@ -128,9 +145,9 @@ class Corrector:
         output: Tensor,
         omega: Sequence[Sequence[Sequence[float]]],
         here: Transition,
-        weights: Sequence[Sequence[float]],
+        surprise: Tensor,
         expected: Sequence[float | None],
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    ) -> tuple[list[Tensor], Tensor]:
         """Return the correction of rows that have drafted, now that `output` (n, ...) of a full step is known.
 
         Args:
@@ -138,38 +155,65 @@ class Corrector:
             output: as the model gave it.
             omega: the quadrature weights (p, K) of each row: of `output`, then of its kept outputs.
             here: the transition of the full step.
-            weights: (n, K) those that would have forecast `output` from the kept outputs.
+            surprise: (n,) what `observe` has returned.
             expected: (n,) mean square of the innovation that a prior expects, None for rows without a prior.
 
         Returns:
-            The corrections of this sample and of the p - 1 after it, p tensors (n, ...) in fp32; the estimated errors
-            of the drafts (n,): root mean squares of the whole corrections, in units of the straight path; and the
-            `surprise` (n,).
+            The corrections of this sample and of the p - 1 after it, p tensors (n, ...) in fp32, and the estimated
+            errors of the drafts (n,): root mean squares of the whole corrections, in units of the straight path.
         """
         known, moves, newest = output.float(), [], []
         for later, drift in enumerate(self._of(self._drift, rows)):
             newest.append(_column([o[later][0] for o in omega], output))
-            older = self.forecast(rows, [o[later][1:] for o in omega])
+            older = self._sum(rows, [o[later][1:] for o in omega])
             moves.append((known * newest[-1]).add_(older).sub_(drift))
         # The output answers to the corrected sample, which changes the correction again: solved for, not iterated.
         answer = moves[0] * here.jacobian / (1 - newest[0] * here.jacobian)
         moves = [move + answer * new for move, new in zip(moves, newest, strict=True)]
         size = moves[0].flatten(1).square().mean(1).sqrt() / here.size
-        surprise = self.surprise(rows, known, weights, expected)
         trust = self.trust(size, surprise, expected).view(-1, *[1] * (output.dim() - 1))
-        return [move * trust for move in moves], size, surprise
+        return [move * trust for move in moves], size
 
-    def surprise(
-        self, rows: Sequence[int], output: Tensor, weights: Sequence[Sequence[float]], expected: Sequence[float | None]
+    def observe(
+        self,
+        rows: Sequence[int],
+        output: Tensor,
+        weights: Sequence[Sequence[float]],
+        expected: Sequence[float | None],
+        together: Sequence[Sequence[int]],
     ) -> Tensor:
-        """Return the mean square of the innovation (n,) over the one that a prior expects; of rows without a prior,
-        over that of repeating the last output. About 1 if outputs change as the prior says, 0 if exactly forecast."""
-        missed = (output - self.forecast(rows, weights)).flatten(1).square().mean(1)
-        if None in expected:
-            moved = (output - self.forecast(rows, [[1.0]] * len(rows))).flatten(1).square().mean(1)
-            known = on_device([math.nan if e is None else e for e in expected], output.device, torch.float32)
-            return missed / torch.where(known.isnan(), moved, known).clamp(min=1e-30)
-        return missed / on_device(list(expected), output.device, torch.float32).clamp(min=1e-30)
+        """Learn from the output (n, ...) of a full step after drafts how good the forecasts of its rows are.
+
+        On the line from the last output to the forecast, the point nearest to the output says how far forecasts should
+        go: where outputs turn, or answer to the errors of the drafts, forecasts that go all the way do harm. The gain
+        of a row goes half the way to that.
+
+        Args:
+            rows: n rows.
+            output: as the model gave it.
+            weights: (n, K) those that would have forecast `output` from the kept outputs.
+            expected: (n,) mean square of the innovation that a prior expects, None for rows without a prior.
+            together: for each of the n rows, which of them belong to the same sample, so that they have one gain.
+
+        Returns:
+            The surprise (n,): the mean square of the innovation over the expected one; of rows without a prior over
+            that of repeating the last output. About 1 if outputs change as the prior says, 0 if exactly forecast.
+        """
+        known, last = output.float(), self._sum(rows, [[1.0]] * len(rows))
+        change, wanted = (self._sum(rows, weights) - last).flatten(1), (known - last).flatten(1)
+        missed = (known - self.forecast(rows, weights)).flatten(1).square().mean(1)
+        share = (change * wanted).sum(1) / change.square().sum(1).clamp(min=1e-30)
+        share = share.nan_to_num(0.0).clamp(0, 1)[on_device(together, output.device)].amin(1)
+        if self.gain is None:
+            self.gain = torch.ones(len(self.drafts), device=output.device)
+        gains = [self.gain]
+        self._put(gains, rows, [torch.lerp(self._of(gains, rows)[0], share, ADAPT)])
+        self.gain = gains[0]
+        moved = wanted.square().mean(1)
+        if all(e is None for e in expected):
+            return missed / moved.clamp(min=1e-30)
+        prior = on_device([math.nan if e is None else e for e in expected], output.device, torch.float32)
+        return missed / torch.where(prior.isnan(), moved, prior).clamp(min=1e-30)
 
     @staticmethod
     def trust(size: Tensor, surprise: Tensor, expected: Sequence[float | None]) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +96,6 @@ class Denoiser:
         self._run: Run | None = None
         self._step = 0
         self._lost = False
-        self._recorded: list[Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -111,16 +109,10 @@ class Denoiser:
             return type(self._scheduler).__name__
         return str(getattr(self._sampler, "__name__", type(self._sampler).__name__))
 
-    @contextmanager
-    def recording(self) -> Iterator[list[Tensor]]:
-        """Inside, every step is computed in full, and the outputs (B, ...) that would be forecast are kept."""
-        self.reset()
-        self._recorded = []
-        try:
-            yield self._recorded
-        finally:
-            self._recorded = None
-            self.reset()
+    @property
+    def started(self) -> bool:
+        """Whether a run has begun, now or before."""
+        return self._run is not None
 
     @property
     def response(self) -> Response:
@@ -141,10 +133,6 @@ class Denoiser:
 
         invocation = Invocation(function, {"x": x, "sigma": sigma, **more, **kwargs})
         level, rows = broadcast(sigma, x), int(x.shape[0])
-        if self._recorded is not None:
-            returned = invocation()
-            self._recorded.append(to_output(self.prediction, x, level, returned))
-            return returned
         run = self._run_at(level)
         if run is None:
             return invocation()

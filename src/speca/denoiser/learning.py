@@ -23,12 +23,15 @@ class Recorder:
         count = min(total, STEPS)
         self.steps = sorted({round(k * (total - 1) / max(1, count - 1)) for k in range(count)})
         self.elements = 0  # of an output of the first step
+        self.guided = False
         self._kept: dict[int, list[Tensor]] = {step: [] for step in self.steps}
 
-    def add(self, step: int, output: Tensor) -> None:
+    def add(self, step: int, output: Tensor, guided: bool = False) -> None:
         """Keep what is needed of the output (B, ...) of a call at `step`; the calls of a step come in the same order
-        at every step."""
-        if step in self._kept:
+        at every step. Once an output is `guided`, made of those of all branches, only such ones count."""
+        if guided and not self.guided:
+            self._kept, self.guided = {s: [] for s in self.steps}, True
+        if step in self._kept and guided == self.guided:
             flat = output.detach().flatten(1)
             self.elements = self.elements or flat.shape[1]
             count = min(flat.shape[1], ELEMENTS, max(1, IN_ALL // flat.shape[0]))

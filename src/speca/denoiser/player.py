@@ -194,7 +194,7 @@ class Player:
         kept = self._kept(branch, out, call.sample)
         streams = kept.form.split(out, len(rows))
         main, change, pending = streams[0], None, None
-        if self.recorder is not None and whole:
+        if self.recorder is not None and whole:  # only then can it be one that is learnt from
             self.recorder.add(call.step, main)
         if self.transitions and not branch.uncorrected:
             change = self._correct(call, kept.corrector, records, rows, main)
@@ -226,8 +226,11 @@ class Player:
             omega = self._quadrature(call.step, drafted, corrector)
             weights = self._weights(drafted, moved, call.step)
             expected = self._expected(drafted, moved, call.step)
-            corrections, sizes, surprises = corrector.correction(
-                moved, main[part], [omega[row] for row in moved], here, weights, expected
+            place = {row: index for index, row in enumerate(moved)}
+            same = {row: [place[other] for other in record.rows] for record in drafted for row in record.rows}
+            surprises = corrector.observe(moved, main[part], weights, expected, [same[row] for row in moved])
+            corrections, sizes = corrector.correction(
+                moved, main[part], [omega[row] for row in moved], here, surprises, expected
             )
             self._observe(drafted, sizes, surprises, corrector)
             if config.corrector:

@@ -24,8 +24,6 @@ from .executor import Executor
 from .learning import Recorder
 from .player import Call, Player
 
-LEARNING = "every step of this run is computed, to learn from it; later runs are accelerated by what it shows."
-
 DOUBT = 6.0
 """Mean surprise of the full steps so far, one without surprise counted in, above which a prior is done without."""
 
@@ -131,8 +129,7 @@ class Run:
         out = self.player.play(call)
         if call.branch.uncorrected:
             self.note(f"nothing is corrected: {call.branch.uncorrected}.")
-        if self.learning:
-            self._learn()
+        self.learn()
         self._watch(call.branch, call.step)
         return out
 
@@ -170,6 +167,7 @@ class Run:
 
     def end(self) -> None:
         """Drop all outputs that are kept; the records stay for the report."""
+        self.learn()
         over = any(branch.last == self.total - 1 for branch in self.branches.values())
         if self.learning and over and self._kind is not None:
             self.knowledge.give_up(self._kind)  # the last step came, and yet there was nothing to learn from
@@ -199,7 +197,8 @@ class Run:
             self.learning = self.knowledge.teaches(self._kind)
         if self.learning:
             self.player.recorder = recorder
-            self.note(LEARNING)
+            if self.knowledge.lesson:
+                self.note(self.knowledge.lesson)
         self.player.prior = self.prior = known
         if not self._given_planner:
             self.planner = self.player.planner = Planner(self._adapted())
@@ -267,10 +266,15 @@ class Run:
         return frozenset(begin + s for s in found.steps) if found else None
 
     # ------------------------------------------------------------------------------------------- what is learnt
-    def _learn(self) -> None:
-        """Keep what the run has shown, once its last step has had all its calls."""
+    @property
+    def recorder(self) -> Recorder | None:
+        """What gathers the outputs of this run, None if it is not learnt from."""
+        return self.player.recorder
+
+    def learn(self) -> None:
+        """Keep what the run has shown, once its last step has had all its calls. Harmless at any time."""
         recorder = self.player.recorder
-        if recorder is None or not recorder.complete or self._kind is None:
+        if not self.learning or recorder is None or not recorder.complete or self._kind is None:
             return
         moments, noise = recorder.moments(), self.response.noise
         if moments is None:

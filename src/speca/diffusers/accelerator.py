@@ -20,7 +20,7 @@ from ..denoiser.executor import Evaluation
 from ..denoiser.partial import PartialCalls
 from ..denoiser.player import Call
 from ..denoiser.rows import Invocation, batch_size
-from ..denoiser.run import LEARNING, Run
+from ..denoiser.run import Run
 from ..errors import NotEnabledError
 from ..reports.report import Report
 from ..verified.drafts import VerifiedDrafts
@@ -215,8 +215,8 @@ class Accelerator:
 
         works = partial(self.partial.work, call, branch.rows, executor.plain)
         out = run.play(Call(branch, step, evaluate, sample, works))
-        if run.learning:
-            self._note(caller, f"{type(self.model).__name__}: {LEARNING}")
+        if run.learning and run.knowledge.lesson:
+            self._warn(run.knowledge.lesson)
         if branch.plain:
             self._note(caller, f"{type(self.model).__name__} runs plainly from step {step} on: {branch.plain}.")
         return out
@@ -309,6 +309,10 @@ class Accelerator:
     def _note(self, caller: Caller, text: str) -> None:
         """Tell the user once, and in the report of each run."""
         caller.note(text)
+        self._warn(text)
+
+    def _warn(self, text: str) -> None:
+        """Tell the user once."""
         if text not in self._warned:
             self._warned.add(text)
             warnings.warn(f"speca: {text}", stacklevel=2)

@@ -19,6 +19,7 @@ from ..sampler.scheduler import scheduler_response
 from .branches import Branches
 from .clock import Clock, Position
 from .stack import step_arguments
+from .watch import watch
 
 
 class Caller:
@@ -51,6 +52,7 @@ class Caller:
         self.executor = executor or Executor()
         self.planner: Planner | None = None
         self.run: Run | None = None
+        self._unwatch: Callable[[], None] = _nothing
         self._start()
         self.running = False
 
@@ -59,6 +61,8 @@ class Caller:
         self.costs, self.notes = Costs(), list[str]()
         self.models: list[str] = []
         self.begin = 0
+        self._unwatch()
+        self._unwatch = _nothing
         self.names.reset()
 
     def place(self, given: Any, context: Any) -> Position | None:
@@ -76,6 +80,8 @@ class Caller:
             response = self._response(total) if planned else Response()
             config = planned or SpecaConfig(prior="none", corrector=False)
             self.run = Run(config, response, total, self.knowledge, self.executor, self.costs, self.planner)
+            if self.run.recorder is not None and hasattr(scheduler := self.clock.scheduler(), "step"):
+                self._unwatch = watch(scheduler, self.run)
             self.run.notes[:0] = self.notes
             self.notes = self.run.notes
         self.costs.host_reads += self.clock.device_reads - reads
@@ -116,6 +122,8 @@ class Caller:
         """End the run, also after an exception: what was kept is dropped, the records stay for the report."""
         self.clock.reset()
         self.running = False
+        self._unwatch()
+        self._unwatch = _nothing
         if self.run is not None:
             self.run.end()
 
@@ -130,3 +138,7 @@ class Caller:
         planned = self.run is not None and isinstance(self.config, SpecaConfig)
         config = self.run.config if planned and self.run is not None else self.config
         return Report.of(name, config.to_dict(), records, self.costs, self.notes)
+
+
+def _nothing() -> None:
+    return None

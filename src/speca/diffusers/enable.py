@@ -32,7 +32,7 @@ def enable(
     *,
     scheduler: Any = None,
     num_inference_steps: int | None = None,
-    calibration: Calibration | Prior | str | Path | Literal["auto", False] | None = "auto",
+    calibration: Calibration | Prior | Knowledge | str | Path | Literal["auto", False] | None = "auto",
     time: str | None = None,
     branches: int = 1,
     **overrides: Any,
@@ -199,6 +199,8 @@ def _knowledge(calibration: Any, target: Any, models: list[nn.Module]) -> Knowle
         if not calibration or folder is None:
             return Knowledge(known)
         return Knowledge(known, PriorCache(folder), lambda: "-".join(fingerprint(bare(model)) for model in models))
+    if isinstance(calibration, Knowledge):
+        return calibration
     found = known_from(calibration)
     if isinstance(found, Calibration):
         found.demand_fit(type(bare(models[0])).__name__)
