@@ -27,6 +27,7 @@ from .reports.report import Report, SampleReport
 
 if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
+    from .calibration.calibrating import calibrating
     from .engine import Engine
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerifiedConfig",
     "calibrate",
+    "calibrating",
     "check",
     "disable",
     "enable",
@@ -59,11 +61,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load `calibrate` and `Engine`, which import much, when they are first asked for."""
+    """Load `calibrate`, `calibrating` and `Engine`, which import much, when they are first asked for."""
     if name == "calibrate":
         from .calibration.calibrate import calibrate
 
         return calibrate
+    if name == "calibrating":
+        from .calibration.calibrating import calibrating
+
+        return calibrating
     if name == "Engine":
         from .engine import Engine
 

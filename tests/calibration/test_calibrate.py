@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def test_of_several_placements_the_best_is_found_by_running_them(monkeypatch: py
     case, tried = tiny.flux(), []
     original = calibrating._Half.attempt
 
-    def attempt(self: Any, tolerance: float, prior: Prior) -> Trial:
-        trial = original(self, tolerance, prior)
+    def attempt(self: Any, tolerance: float, prior: Prior, speedup: float = 0.0) -> Trial:
+        trial = original(self, tolerance, prior, speedup)
         tried.append((trial.full_steps, prior.placed[trial.full_steps], sum(self.values), prior))
         return trial
 
@@ -65,14 +66,12 @@ def test_of_several_placements_the_best_is_found_by_running_them(monkeypatch: py
         assert found.prior.placed[count] == max(values, key=lambda steps: values[steps])
     assert fresh_prior is found.prior and fresh_steps == found.prior.placed[fresh_count]
     with pytest.raises(speca.InputError, match="nothing to place"):
-        speca.calibrate(case.pipe, call(case, 4), samples=4, confidence=0.8, speedups=(1.0,))
+        speca.calibrate(case.pipe, call(case, 4), target_psnr=20, samples=4, confidence=0.8, speedups=(1.0,))
 
 
 def test_a_calibration_of_something_else_is_refused(tmp_path: Path) -> None:
-    made = speca.Calibration(
-        "FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler", 50, 35.0, 0.9, 0.01, 4.0, 40.0, 36.0, 1.0, 0.9,
-        1.0, (0, 1), (1, 1), (Trial(12, 0.01, 4.0, 40.0, 36.0, 35.5),), Prior((1.0, 0.5), np.eye(2)),
-    )  # fmt: skip
+    prior = Prior((1.0, 0.5), np.eye(2))
+    made = speca.Calibration("FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler", 50, prior, tolerance=0.01)
     with pytest.raises(speca.ConfigError, match="made for FluxTransformer2DModel"):
         speca.enable(tiny.dit().pipe, calibration=made)
     flux = tiny.flux().pipe
@@ -93,9 +92,9 @@ def test_what_cannot_be_met_is_said() -> None:
     with pytest.raises(speca.InputError, match="ask for less"):
         speca.calibrate(case.pipe, call(case, 4), target_psnr=400.0, samples=4, confidence=0.8)
     with pytest.raises(speca.InputError, match="at least 9 samples"):
-        speca.calibrate(case.pipe, call(case, 4), samples=4)
+        speca.calibrate(case.pipe, call(case, 4), target_psnr=20, samples=4)
     with pytest.raises(speca.InputError, match="confidence between 0 and 1"):
-        speca.calibrate(case.pipe, call(case, 4), samples=4, confidence=1.0)
+        speca.calibrate(case.pipe, call(case, 4), target_psnr=20, samples=4, confidence=1.0)
     config = case.pipe.scheduler.config
     case.pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config, thresholding=True)
     with pytest.raises(speca.InputError, match=r"nothing to calibrate: .*DPMSolver"):
@@ -115,3 +114,31 @@ def test_wilson_interval_is_the_textbooks() -> None:
     """Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263 gives 0.2553 to 0.3662; 0 of 20, 0 to 0.1611."""
     assert calibrating.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert calibrating.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_one_run_is_enough_to_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hands back what that run drew, tries budgets on it, and serves as any calibration."""
+    case, calls = tiny.flux(), []
+    original = type(case.pipe).__call__
+
+    @functools.wraps(original)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(case.pipe), "__call__", counted)
+    arguments = {**case.arguments, **case.conditions([0]), "num_inference_steps": 16}
+    del arguments["output_type"]
+    found = speca.calibrate(case.pipe, **arguments)
+    assert len(calls) == 1 + 2 * 2, "one run in full, then two placements each of five and of four full steps"
+    assert found.tuning_seeds[1] == 1 and found.fresh_seeds is None and found.branches == (1,)
+    assert [t.full_steps for t in found.trials] == sorted({t.full_steps for t in found.trials}, reverse=True)
+    assert found.output[0].size == (case.arguments["width"], case.arguments["height"]) and "drawn again" in str(found)
+    found.save(tmp_path / "one.json")
+    again = speca.Calibration.load(tmp_path / "one.json")
+    assert again.to_dict() == found.to_dict() and again.output is None
+    speca.enable(case.pipe, speedup=3, calibration=again)
+    case([1], steps=16)
+    report = speca.report(case.pipe)
+    assert report.samples[0].full == 5 and not report.notes
+    assert frozenset(i for i, d in enumerate(report.samples[0].decisions) if d == "F") == set(found.prior.placed[5])

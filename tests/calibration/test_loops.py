@@ -61,6 +61,34 @@ def test_what_cannot_be_calibrated_says_what_to_pass() -> None:
         speca.calibrate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     denoise = denoiser()
     with pytest.raises(speca.InputError, match="one sample for each of 10 seeds"):
-        speca.calibrate(denoise, loop=lambda seeds: torch.zeros(3, 8), samples=10, confidence=0.8)
+        speca.calibrate(denoise, loop=lambda seeds: torch.zeros(3, 8), samples=10)
     with pytest.raises(speca.InputError, match="No step was taken"):
-        speca.calibrate(denoise, loop=noise, samples=10, confidence=0.8)
+        speca.calibrate(denoise, loop=noise, samples=10)
+
+
+def test_a_run_inside_calibrating_is_learnt_from() -> None:
+    denoise, x = denoiser(speedup=4), noise(list(range(8)))
+    full = euler(velocity, x, TIMES)
+    blind = (euler(denoise, x, TIMES) - full).norm()
+    with speca.calibrating(denoise) as lesson:
+        with pytest.raises(speca.InputError, match="nothing was learnt"):
+            _ = lesson.calibration
+        drawn = euler(denoise, noise([100]), TIMES)
+    assert torch.equal(drawn, euler(velocity, noise([100]), TIMES)), "every step was computed"
+    ours = denoiser(speedup=4, calibration=lesson)
+    assert (euler(ours, x, TIMES) - full).norm() < blind and ours.report().samples[0].full == STEPS // 4
+    assert (euler(denoise, x, TIMES) - full).norm() == blind, "its own settings are back"
+    with speca.calibrating(denoise) as nothing:
+        pass
+    with pytest.raises(speca.InputError, match="nothing was learnt"):
+        denoiser(calibration=nothing)
+
+
+def test_a_denoiser_can_learn_by_itself() -> None:
+    denoise, x = denoiser(speedup=4, calibration="auto"), noise(list(range(8)))
+    full = euler(velocity, x, TIMES)
+    assert torch.equal(euler(denoise, x, TIMES), full)
+    assert any("to learn from it" in note for note in denoise.report().notes)
+    gap = (euler(denoise, x, TIMES) - full).norm()
+    assert denoise.report().samples[0].full == STEPS // 4 and not denoise.report().notes
+    assert gap < (euler(denoiser(speedup=4), x, TIMES) - full).norm()

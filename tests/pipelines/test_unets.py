@@ -156,7 +156,8 @@ def test_a_budget_is_kept_and_drafts_run_nothing(name: str, prior: str) -> None:
     report = speca.report(drawing.pipe)
     full = drawing.steps // 4
     assert [(len(s.decisions), s.full) for s in report.samples] == [(drawing.steps, full)] * len(SEEDS)
-    assert drawing.counts["unet"] == full and not report.notes
+    assert drawing.counts["unet"] == full
+    assert all("too small to forecast from" in note for note in report.notes) and (full < 5 or not report.notes)
     if drawing.counts["controlnet"]:
         assert drawing.counts["controlnet"] == full, "the ControlNet runs at full steps only"
     assert made.isfinite().all() and not torch.equal(made, plain)

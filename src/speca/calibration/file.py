@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from ..config import PRESETS, SpecaConfig
 from ..core.prior import Prior
-from ..errors import ConfigError
+from ..errors import ConfigError, InputError
 
-FORMAT = 2
+FORMAT, EARLIER = 3, 2  # files of format 2 always say what fresh seeds gave
 BESIDE = "speca.json"
 """The calibration that comes with a model, in its folder."""
 
@@ -36,45 +36,48 @@ class Trial:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The prior of a model, the loosest tolerance that met a target with it, what that gives, and what it was found on.
+    """The prior of a model, what was tried with it, and, if a target was asked for, what it gives on fresh seeds.
 
     Attributes:
-        model: class of the transformer; `enable` refuses others.
+        model: class of the transformer or U-Net; `enable` refuses others.
         scheduler: class of the scheduler. The prior serves others too, what was promised was measured with this one.
         steps: denoising steps.
-        target_psnr, confidence: what was asked: at least so many dB for this share of fresh samples.
-        tolerance: what was found; `SpecaConfig.tolerance`.
-        speedup: FLOPs of the full run over FLOPs spent, self-test included, on fresh seeds.
-        fresh_median, fresh_p5: PSNR in dB on fresh seeds.
-        fresh_met: share of fresh samples that met the target; fresh_low, fresh_high: its 95 % interval (Wilson).
-        tuning_seeds, fresh_seeds: first seed and number.
-        trials: every number of full steps that was tried.
         prior: the second moments of the model's outputs, of the tuning seeds.
+        tuning_seeds: first seed and number of the samples that it was learnt from.
         branches: rows of a sample in each call of a step, see `Kind`; empty where that was not noted, and then the
             calibration is taken to serve all.
+        trials: every number of full steps that was tried, on the samples that the prior was learnt from.
+        tolerance: `SpecaConfig.tolerance` of the preset "balanced"; None leaves the preset's own.
+        target_psnr, confidence: what was asked: at least so many dB for this share of fresh samples; None for nothing.
+        speedup: FLOPs of the full run over FLOPs spent on fresh seeds.
+        fresh_median, fresh_p5: PSNR in dB on fresh seeds.
+        fresh_met: share of fresh samples that met the target; fresh_low, fresh_high: its 95 % interval (Wilson).
+        fresh_seeds: first seed and number.
+        output: the samples of the full runs, pictures where there are pictures; not in the file.
     """
 
     model: str
     scheduler: str
     steps: int
-    target_psnr: float
-    confidence: float
-    tolerance: float
-    speedup: float
-    fresh_median: float
-    fresh_p5: float
-    fresh_met: float
-    fresh_low: float
-    fresh_high: float
-    tuning_seeds: tuple[int, int]
-    fresh_seeds: tuple[int, int]
-    trials: tuple[Trial, ...]
     prior: Prior
+    tuning_seeds: tuple[int, int] = (0, 1)
     branches: tuple[int, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    tolerance: float | None = None
+    target_psnr: float | None = None
+    confidence: float | None = None
+    speedup: float | None = None
+    fresh_median: float | None = None
+    fresh_p5: float | None = None
+    fresh_met: float | None = None
+    fresh_low: float | None = None
+    fresh_high: float | None = None
+    fresh_seeds: tuple[int, int] | None = None
+    output: Any = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, with the version of the format."""
-        shallow = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shallow = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "output"}
         shallow |= {"trials": [dataclasses.asdict(t) for t in self.trials], "prior": self.prior.to_dict()}
         return {"format": FORMAT, **shallow}
 
@@ -91,12 +94,13 @@ class Calibration:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if values.pop("format") != FORMAT:
+            if values.pop("format") not in (FORMAT, EARLIER):
                 raise ConfigError(f"{path} was written by another version of speca; calibrate again.")
             values["trials"] = tuple(Trial(**trial) for trial in values["trials"])
             values["prior"] = Prior.from_dict(values["prior"])
-            values |= {name: tuple(values[name]) for name in ("tuning_seeds", "fresh_seeds")}
-            values["branches"] = tuple(values.get("branches", ()))
+            for name in ("tuning_seeds", "fresh_seeds", "branches"):
+                if values.get(name) is not None:
+                    values[name] = tuple(values[name])
             return cls(**values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ConfigError(f"{path} is no calibration ({error}); make one with speca calibrate.") from error
@@ -118,15 +122,55 @@ class Calibration:
             raise ConfigError(f"the calibration was made for {self.model}, and this is {model}; calibrate again.")
 
     def __str__(self) -> str:
+        about = f"{self.model}, {self.scheduler}, {self.steps} steps"
+        if self.fresh_seeds is None:
+            seen = ", ".join(f"{t.full_steps}: {t.median:.1f} dB" for t in sorted(self.trials, key=_by_count))
+            count = self.tuning_seeds[1]
+            whom = "the sample" if count == 1 else f"the {count} samples"
+            again = f"; {whom} drawn again, PSNR by number of full steps: {seen}" if seen else ""
+            return f"{about}: learnt from {count} full run{'s' * (count > 1)}{again}"
         return (
-            f"{self.model}, {self.scheduler}, {self.steps} steps: tolerance {self.tolerance:.4g}, {self.speedup:.2f}x "
+            f"{about}: tolerance {self.tolerance:.4g}, {self.speedup:.2f}x "
             f"fewer FLOPs; on {self.fresh_seeds[1]} fresh seeds {self.fresh_median:.1f} dB at the median, "
             f"{self.fresh_p5:.1f} dB at the 5th percentile, {self.fresh_met:.0%} at {self.target_psnr:g} dB or more "
             f"(95 % interval {self.fresh_low:.0%} to {self.fresh_high:.0%})"
         )
 
 
-def known_from(calibration: Calibration | Prior | str | Path | Literal[False] | None) -> Calibration | Prior | None:
+def _by_count(trial: Trial) -> int:
+    return -trial.full_steps
+
+
+class Lesson:
+    """What `speca.calibrating` yields: the calibration, once its block has ended."""
+
+    def __init__(self) -> None:
+        self._found: Calibration | None = None
+
+    def teach(self, found: tuple[Any, Prior] | None, model: str, scheduler: str) -> None:
+        """Make the calibration from a kind of run and the prior of such runs; with None there is none."""
+        if found is not None:
+            kind, prior = found
+            self._found = Calibration(model, scheduler, len(prior.noise), prior, branches=kind.branches)
+
+    @property
+    def calibration(self) -> Calibration:
+        """What was learnt. Raises `InputError` if nothing was."""
+        if self._found is None:
+            raise InputError(
+                "nothing was learnt: no run of a linear sampler came to its end inside speca.calibrating, or the block "
+                "has not ended."
+            )
+        return self._found
+
+    def save(self, path: str | Path) -> None:
+        """Write the calibration to a file."""
+        self.calibration.save(path)
+
+
+def known_from(
+    calibration: Calibration | Lesson | Prior | str | Path | Literal[False] | None,
+) -> Calibration | Prior | None:
     """Return what was given as a calibration, read from its file where it is a path.
 
     Raises:
@@ -134,6 +178,8 @@ def known_from(calibration: Calibration | Prior | str | Path | Literal[False] | 
     """
     if calibration is None or calibration is False:
         return None
+    if isinstance(calibration, Lesson):
+        return calibration.calibration
     if isinstance(calibration, (Calibration, Prior)):
         return calibration
     file = Path(calibration)
@@ -145,7 +191,7 @@ def fitted(config: SpecaConfig, known: Calibration | Prior | None) -> SpecaConfi
 
     "balanced" then meets the target, and the other presets keep their distance from it.
     """
-    if not config.calibrated or not isinstance(known, Calibration):
+    if not config.calibrated or not isinstance(known, Calibration) or known.tolerance is None:
         return config
     balanced = PRESETS["balanced"]
     assert isinstance(balanced, SpecaConfig)

@@ -14,6 +14,9 @@ from ..core.transition import Transition
 from .cache import PriorCache
 from .file import Calibration, prior_of
 
+FEW = 8
+"""Priors of fewer samples are blended with the generic one (`core/generic.py`)."""
+
 AGAIN = 4
 """Full runs that a kind of call is learnt from, if later runs keep showing that what was learnt does not hold."""
 
@@ -129,6 +132,7 @@ class Learner(Knowledge):
 
     Attributes:
         runs: the kind of each run and its prior.
+        transitions: (T,) of the sampler of the last run.
     """
 
     lesson = ""
@@ -136,6 +140,7 @@ class Learner(Knowledge):
     def __init__(self) -> None:
         super().__init__()
         self.runs: list[tuple[Kind, Prior]] = []
+        self.transitions: tuple[Transition, ...] = ()
 
     @property
     def learns(self) -> bool:
@@ -146,6 +151,7 @@ class Learner(Knowledge):
         self, kind: Kind, noise: Sequence[float], transitions: tuple[Transition, ...]
     ) -> Calibration | Prior | None:
         """Return None."""
+        self.transitions = transitions
         return None
 
     def teaches(self, kind: Kind) -> bool:
@@ -159,12 +165,15 @@ class Learner(Knowledge):
     def give_up(self, kind: Kind) -> None:
         """Do nothing: the next run may be another."""
 
-    def mean(self) -> tuple[Kind, Prior] | None:
+    def mean(self, samples: int | None = None) -> tuple[Kind, Prior] | None:
         """Return the most frequent kind of run and the mean prior of its runs that have the same steps as the first of
-        them; None if nothing was learnt."""
+        them; None if nothing was learnt. That of few `samples`, by default one a run, is blended with the generic
+        prior."""
         if not self.runs:
             return None
         kind = Counter(kind for kind, _ in self.runs).most_common(1)[0][0]
         priors = [prior for one, prior in self.runs if one == kind]
         same = [p.moments for p in priors if p.noise == priors[0].noise]
-        return kind, Prior(priors[0].noise, np.mean(same, axis=0), noisy=priors[0].noisy)
+        prior = Prior(priors[0].noise, np.mean(same, axis=0), noisy=priors[0].noisy)
+        few = (len(same) if samples is None else samples) < FEW and len(prior.noise) == len(self.transitions)
+        return kind, blended(prior, self.transitions) if few else prior

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..config import SpecaConfig
-from ..core.generic import blended
 from ..core.prior import Prior
 from ..core.transition import Transition
 from ..errors import InputError
@@ -21,9 +20,6 @@ from .knowledge import Learner
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-FEW = 8
-"""Priors of fewer samples are blended with the generic one (`core/generic.py`)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ def record(pipe: DiffusionPipeline, call: dict[str, Any], seeds: Sequence[int], 
 
 def recorded(learner: Learner, response: Response, images: Tensor, report: Report | None) -> Recording:
     """Return the recording of runs that have ended. Raises `InputError` if nothing was learnt from them."""
-    found = learner.mean()
+    found = learner.mean(len(images))
     if not response.transitions:
         raise InputError(
             f"there is nothing to calibrate: {response.reason}. Use a linear sampler: flow Euler, DDIM, UniPC, ..."
@@ -66,7 +62,4 @@ def recorded(learner: Learner, response: Response, images: Tensor, report: Repor
         why = " ".join(report.notes) if report is not None else ""
         raise InputError(f"nothing could be learnt from a full run. {why or 'No step was taken.'}")
     kind, prior = found
-    steps = response.transitions
-    if len(images) < FEW and len(prior.noise) == len(steps):
-        prior = blended(prior, steps)
-    return Recording(prior, steps, images, kind.branches)
+    return Recording(prior, response.transitions, images, kind.branches)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.cache import PriorCache
-from ..calibration.file import Calibration, known_from
+from ..calibration.file import Calibration, Lesson, known_from
 from ..calibration.knowledge import Knowledge
 from ..config import SpecaConfig
 from ..core.prior import Prior
@@ -50,7 +50,7 @@ class Denoiser:
         scheduler: Any = None,
         prediction: Prediction | None = None,
         options: dict[str, Any] | None = None,
-        calibration: Calibration | Prior | str | Path | Literal["auto", False] | None = None,
+        calibration: Calibration | Lesson | Prior | str | Path | Literal["auto", False] | None = None,
         **overrides: Any,
     ) -> None:
         """

@@ -73,6 +73,7 @@ class Player:
     Attributes:
         planner: chooses the full steps.
         prior: what is known of the outputs beforehand; None for polynomials. A run chooses both at its second step.
+        watches: whether to read from the device how much innovations surprise a prior that was measured.
         recorder: is given the outputs of full steps, None if nothing is learnt from this run.
         kept: outputs of full steps that are kept of each row.
     """
@@ -98,6 +99,7 @@ class Player:
         self.planner, self.transitions, self.total = planner, tuple(transitions), total
         self.executor, self.costs, self.kept = executor, costs, kept
         self.prior: Prior | None = None
+        self.watches = False
         self.recorder: Recorder | None = None
         self.flow = bool(transitions) and all(abs(t.jacobian) < STRAIGHT for t in transitions)
         self.density = FLOW_DENSITY if self.flow else 1.0
@@ -266,8 +268,8 @@ class Player:
     def _observe(self, records: Sequence[Record], sizes: Tensor, surprises: Tensor, corrector: Corrector) -> None:
         """Let the planner plan by the estimated errors (n,) of drafts, or of the one that was not taken; of samples
         with a prior keep how much the innovations (n,) surprise."""
-        measured = self.prior is not None and any(r.measured for r in records)
-        if not measured and not self._measures(records):
+        watched = self.watches and any(r.measured for r in records)
+        if not watched and not self._measures(records):
             return
         self.costs.host_reads += 1
         read = self.executor.read(torch.cat([sizes, surprises]))
@@ -276,7 +278,7 @@ class Player:
             drafts = len(corrector.drafts[record.rows[0]])
             if self._measures([record]):
                 self.planner.observe(record, worst([by_row[row][0] for row in record.rows]), max(1, drafts))
-            if drafts and self.prior is not None and record.measured:
+            if drafts and self.watches and record.measured:
                 record.surprises.append(fmean(by_row[row][1] for row in record.rows))
 
     def _measures(self, records: Sequence[Record]) -> bool:

@@ -199,7 +199,8 @@ class Run:
             self.player.recorder = recorder
             if self.knowledge.lesson:
                 self.note(self.knowledge.lesson)
-        self.player.prior = self.prior = known
+        self.player.prior, self.player.watches = known, self._measured
+        self.prior = known
         if not self._given_planner:
             self.planner = self.player.planner = Planner(self._adapted())
         free = not (self.config.speedup or self.config.schedule or self.planner.exact or self.idle or self.prior)

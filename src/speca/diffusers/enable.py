@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..calibration.cache import PriorCache, default_folder, fingerprint
-from ..calibration.file import Calibration, known_from
+from ..calibration.file import Calibration, Lesson, known_from
 from ..calibration.knowledge import Knowledge
 from ..config import MIN_STEPS, Config, SpecaConfig, VerifiedConfig
 from ..core.prior import Prior
@@ -32,7 +32,7 @@ def enable(
     *,
     scheduler: Any = None,
     num_inference_steps: int | None = None,
-    calibration: Calibration | Prior | Knowledge | str | Path | Literal["auto", False] | None = "auto",
+    calibration: Calibration | Lesson | Prior | Knowledge | str | Path | Literal["auto", False] | None = "auto",
     time: str | None = None,
     branches: int = 1,
     **overrides: Any,
