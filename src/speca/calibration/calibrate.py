@@ -63,8 +63,8 @@ def calibrate(
 
     *With a target*, the fewest full steps are found with which samples stay near their own full run: by bisection. A
     number passes if the k-th smallest PSNR of its n samples meets the target, `k = floor((n + 1) (1 - confidence))`:
-    the bound of split conformal prediction. As the best of several is taken, and the prior is of the same samples, it is
-    then tried on as many fresh seeds, and what those gave is reported.
+    the bound of split conformal prediction. As the best of several is taken, and the prior is of the same samples, it
+    is then tried on as many fresh seeds, and what those gave is reported.
 
     Args:
         target: a pipeline, or a `Denoiser`, whose sampler is linear; others cannot be corrected.

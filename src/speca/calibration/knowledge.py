@@ -61,7 +61,8 @@ class Knowledge:
         self.given, self._cache, self._model = given, cache, model
         self._now = ""  # the fingerprint when something was last looked for, at the beginning of a run
         self._refused: set[Kind] = set()  # kinds of call for which what is given was found not to hold
-        self._runs: dict[tuple[str, Kind], int] = {}  # full runs that were learnt from in vain, by what they were of
+        self._vain: dict[tuple[str, Kind], int] = {}  # how often what was learnt did not hold, by what it was of
+        self._doubted: set[tuple[str, Kind]] = set()  # since a run was last learnt from
 
     @property
     def learns(self) -> bool:
@@ -83,6 +84,8 @@ class Knowledge:
         if self._cache is None:
             return None
         self._now = self._model()
+        if (self._now, kind) in self._doubted:
+            return None
         found = self._cache.find((self._now, *kind, transitions[0].noisy), noise)
         return None if found is None or not found.covers(noise) else blended(found.at(noise), transitions)
 
@@ -106,11 +109,12 @@ class Knowledge:
 
     def teaches(self, kind: Kind) -> bool:
         """Return whether a full run of this kind is to be learnt from, as nothing is known of it."""
-        return self._cache is not None and self._runs.get((self._now, kind), 0) < AGAIN
+        return self._cache is not None and self._vain.get((self._now, kind), 0) < AGAIN
 
     def learn(self, kind: Kind, prior: Prior) -> None:
         """Keep what a full run has shown."""
         assert self._cache is not None
+        self._doubted.discard((self._now, kind))
         self._cache.add((self._now, *kind, prior.noisy), prior)
 
     def doubt(self, kind: Kind) -> None:
@@ -119,12 +123,13 @@ class Knowledge:
         self._refused.add(kind)
         if self._cache is not None:
             key = (self._now, kind)
-            self._runs[key] = self._runs.get(key, 0) + 1
+            self._doubted.add(key)
+            self._vain[key] = self._vain.get(key, 0) + 1
 
     def give_up(self, kind: Kind) -> None:
         """Note that nothing can be learnt from runs of this kind."""
         if self._cache is not None:
-            self._runs[self._now, kind] = AGAIN
+            self._vain[self._now, kind] = AGAIN
 
 
 class Learner(Knowledge):

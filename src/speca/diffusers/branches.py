@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-CONDITION_WORDS = ("encoder", "text", "cap", "pooled", "label", "prompt")
+CONDITION_WORDS = ("encoder", "text", "cap", "pooled", "label", "prompt", "image_embeds")
 """Parts of the names of arguments that hold a condition, which tells a branch from the others."""
 
 MAX_BRANCHES = 8
@@ -22,19 +22,26 @@ class _Track:
     key: object
     name: str
     step: int
-    marks: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
+    marks: dict[str, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
 
     def knows(self, marks: dict[str, Tensor]) -> bool | None:
-        """Whether `marks` are the conditions of this branch; None where none of its own are left to compare."""
-        left = {n: kept for n, r in self.marks.items() if (kept := r()) is not None and n in marks}
-        return all(marks[n] is kept for n, kept in left.items()) if left else None
+        """Whether `marks` are the conditions of this branch, as they were when it was last called; None where none of
+        its own are left to compare."""
+        left = {
+            n: (kept, version) for n, (r, version) in self.marks.items() if (kept := r()) is not None and n in marks
+        }
+        if not left:
+            return None
+        return all(marks[n] is kept and _version(kept) == version for n, (kept, version) in left.items())
 
 
 class Branches:
     """Tells the branches of a run apart: by context and shapes, then by their conditions, then by order in a step.
 
     Guidance may start or stop in mid-run, so the order of calls alone would mistake one branch for another. A pipeline
-    hands over the same condition tensors at every step; where it makes them anew, the order is what is left.
+    hands over the same condition tensors at every step; where it makes them anew, the order is what is left. Conditions
+    that are replaced or overwritten on the way, as callbacks may do, so begin another branch, which has its first step
+    in full and what is left of the budget.
     """
 
     def __init__(self) -> None:
@@ -70,15 +77,23 @@ class Branches:
             same = sum(t.name.partition("#")[0] == base for t in self._tracks)
             track = _Track((base, signature), base + (f"#{same + 1}" if same else ""), step)
             self._tracks.append(track)
-        track.step, track.marks = step, {n: weakref.ref(v) for n, v in marks.items()}
+        track.step, track.marks = step, {n: (weakref.ref(v), _version(v)) for n, v in marks.items()}
         return track.name
 
 
 def _marks(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that hold a call's conditions; of a list with one a row, the first."""
+    """The tensors that hold a call's conditions; of a list with one a row, the first; of a dictionary all."""
     marks = {}
     for name, value in arguments.items():
+        if isinstance(value, dict):
+            marks |= {f"{name}.{key}": found for key, found in _marks(value).items()}
+            continue
         first = value[0] if isinstance(value, (list, tuple)) and value else value
         if isinstance(first, Tensor) and any(word in name for word in CONDITION_WORDS):
             marks[name] = first
     return marks
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to, 0 for inference tensors, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version

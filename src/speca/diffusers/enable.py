@@ -253,6 +253,7 @@ def _attach(model: nn.Module, accelerator: Accelerator) -> None:
 
 def _detach(model: nn.Module) -> None:
     accelerator: Accelerator = model.__dict__.pop(ATTRIBUTE)
+    accelerator.end()
     inner = bare(model)
     model.__dict__.pop("__reduce_ex__", None)
     accelerator.drafts.detach()
