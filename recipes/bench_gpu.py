@@ -50,7 +50,7 @@ REJECTED = speca.VerifiedConfig(threshold=1e-30, warmup=2, final=0)
 @contextlib.contextmanager
 def ours(loop: Any, call: dict[str, Any], config: Config) -> Iterator[Setup]:
     """`speca` on the bare transformer of the loop."""
-    with speca.enabled(loop.transformer, config, scheduler=loop.scheduler) as session:
+    with speca.enabled(loop.transformer, config, scheduler=loop.scheduler, calibration=None) as session:
         yield Setup(loop, call, session)
 
 

@@ -47,7 +47,7 @@ def loop(pipe: Any, requests: list[dict[str, Any]]) -> None:
 
 def cached_loop(pipe: Any, requests: list[dict[str, Any]]) -> None:
     """The same, accelerated."""
-    with speca.enabled(pipe):
+    with speca.enabled(pipe, calibration=None):
         loop(pipe, requests)
 
 

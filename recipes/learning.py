@@ -72,11 +72,11 @@ def main(
                     config = speca.SpecaConfig.build("balanced", speedup=steps / count)
                     row = [quality(plain(bare, {**call, "num_inference_steps": count}, seeds, batch))]
                     row.append(quality(generate(bare, call, seeds, config, batch=batch, calibration=False)))
-                    generate(bare, first, [LEARNT_FROM], config)  # in full the first time
-                    row.append(quality(generate(bare, call, seeds, config, batch=batch)))
+                    generate(bare, first, [LEARNT_FROM], config, calibration="auto")  # in full the first time
+                    row.append(quality(generate(bare, call, seeds, config, batch=batch, calibration="auto")))
                     row.append(quality(generate(shipped, call, seeds, config, batch=batch)))
                     table.add_row(str(steps), str(count), *row)
-                chosen = generate(bare, call, seeds, "balanced", batch=batch)
+                chosen = generate(bare, call, seeds, "balanced", batch=batch, calibration="auto")
                 assert chosen.report is not None
                 mean = sum(sample.full for sample in chosen.report.samples) / samples
                 table.add_row(str(steps), f"balanced: {mean:.1f}", "", "", quality(chosen), "")

@@ -63,7 +63,10 @@ def main(
         "10 full steps, a prior": dict(speedup=5, prior="generic"),
         "planned by a tolerance": dict(tolerance=1e-3, prior="none"),
     }
-    models = {name: speca.enable(Nothing(shape).eval(), scheduler=scheduler, **s) for name, s in settings.items()}
+    models = {
+        name: speca.enable(Nothing(shape).eval(), scheduler=scheduler, calibration=None, **s)
+        for name, s in settings.items()
+    }
     plain, times = Nothing(shape).eval(), {name: list[float]() for name in ("plain", *settings)}
     for _ in range(rounds + 1):
         times["plain"].append(loop(plain, scheduler, x))

@@ -94,7 +94,7 @@ def main(
     call = {**call_arguments(MODEL), **example_call(pipe, seeds)}
     loop, full = Loop(pipe, call, seeds, steps), int(steps / speedup)
     settings: dict[str, dict[str, Any]] = {
-        "speca.enable(transformer, scheduler=..., speedup=...)": dict(speedup=speedup),
+        "speca.enable(transformer, scheduler=..., speedup=...)": dict(speedup=speedup, calibration=None),
         "the same, calibrated": dict(speedup=speedup, calibration=Calibration.beside(pipe)),
         "the same, prior='generic'": dict(speedup=speedup, prior="generic"),
     }

@@ -36,7 +36,7 @@ THIRD_PARTY = {  # what the lower layers may use besides the standard library; t
     "speca.core.controller": set(),
     "speca.calibration.file": set(),
     "speca.calibration.cache": {"torch", "numpy", "platformdirs"},
-    "speca.calibration.knowledge": set(),
+    "speca.calibration.knowledge": {"numpy"},
     "speca.reports.costs": set(),
     "speca.reports.report": {"matplotlib"},
     "speca.sampler": {"torch", "numpy"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,3 +200,19 @@ def test_the_settings_of_a_request_are_those_it_runs_with(number: int) -> None:
             (result,) = engine.generate([{**asked, "generator_seed": 3, **dict(preset=base), **PRESETS[number]}])
         assert decisions(result) == expected
         assert result.report.config == named
+
+
+def test_requests_learn_and_later_ones_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is computed in full, and so are those beside it; then all are accelerated, each as alone."""
+    monkeypatch.setenv("SPECA_CACHE", str(tmp_path))
+    case = tiny.flux()
+    asked = [
+        {**case.arguments, **case.conditions([seed]), "num_inference_steps": 16, "generator_seed": seed}
+        for seed in range(4)
+    ]
+    with speca.Engine(case.pipe, "balanced", max_batch=4, speedup=4) as engine:
+        first = list(engine.generate(asked[:2]))
+        assert {sample.full for result in first for sample in result.report.samples} == {16}
+        later = sorted(engine.generate(asked), key=lambda result: result.index)
+        assert {sample.full for result in later for sample in result.report.samples} == {4}
+    assert "step" not in vars(case.pipe.scheduler)

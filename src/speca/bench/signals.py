@@ -89,7 +89,7 @@ def _run(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int], watch
     config = VerifiedConfig(
         rule="schedule", schedule=tuple(full), warmup=2, final=0, threshold=1e9, threshold_decay=1.0
     )  # fmt: skip
-    with enabled(pipe, config) as session:
+    with enabled(pipe, config, calibration=None) as session:
         accelerators_of(pipe)[0].drafts.rule = _Checking(config)
         hooks = _watched(model, plain, taken) if watch else nullcontext()
         with hooks:

@@ -10,8 +10,12 @@ import typer
 
 def calibrate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model, a local folder, or a hub id.")],
-    target: Annotated[float, typer.Option(help="PSNR to the own full run, in dB, above 0.")] = 35.0,
-    samples: Annotated[int, typer.Option(help="Tuning seeds, and as many fresh ones.")] = 32,
+    target: Annotated[
+        float | None, typer.Option(help="PSNR to the own full run to promise, in dB, above 0. By default none.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples in full: by default 1; with a target 32, and as many fresh ones.")
+    ] = None,
     confidence: Annotated[float, typer.Option(help="Share of fresh samples that must meet it.")] = 0.9,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     speedup: Annotated[list[float] | None, typer.Option(help="A budget to place by trial; may be repeated.")] = None,
@@ -23,7 +27,7 @@ def calibrate(
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads, 1 or more. Default: PyTorch's choice.")] = None,
 ) -> None:
-    """Measure the prior of a model, find the fewest full steps that meet a quality, and try them on fresh seeds."""
+    """Learn a model from one full run, or with --target find the fewest full steps that meet a quality."""
     from rich.console import Console
 
     from .. import zoo
@@ -33,9 +37,11 @@ def calibrate(
     from . import request
 
     request.at_least(1, threads=threads, samples=samples, batch=batch)
+    samples = samples or (1 if target is None else 32)
     pipe = request.load(model, dtype, device, threads)
     pipe.set_progress_bar_config(disable=True)
-    seeds = [*range(TUNING_SEED, TUNING_SEED + samples), *range(FRESH_SEED, FRESH_SEED + samples)]
+    seeds = list(range(TUNING_SEED, TUNING_SEED + samples))
+    seeds += [] if target is None else range(FRESH_SEED, FRESH_SEED + samples)
     call = {**zoo.call_arguments(model), **example_call(pipe, seeds), "num_inference_steps": steps}
     with Console(stderr=True).status("loading") as status:
         found = run(

@@ -142,7 +142,7 @@ def generate(
 
     asked = request.Request(model, label or [], prompt or [], n, steps, seed, guidance)
     config = request.configuration(preset, settings or [])
-    known = None if calibration is None else Calibration.load(calibration)
+    known = "auto" if calibration is None else Calibration.load(calibration)
     request.at_least(1, repeats=repeats, batch=batch, threads=threads)
     with output.folder(out) as place:
         pipe = request.load(model, dtype, device, threads)

@@ -10,6 +10,9 @@ from ..core.prior import Array
 STEPS = 256
 """Most steps whose outputs are looked at; of longer runs these are spread evenly."""
 
+LEAST = 8
+"""Runs of fewer steps are not learnt from: too little lies between their steps."""
+
 ELEMENTS, IN_ALL = 16_384, 65_536
 """Most elements that are looked at, of one row and of all rows of a call: the same ones at every step."""
 

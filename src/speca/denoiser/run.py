@@ -21,6 +21,7 @@ from ..reports.report import Report
 from ..sampler.response import Response
 from .branch import Branch
 from .executor import Executor
+from .learning import LEAST as FEWEST
 from .learning import Recorder
 from .player import Call, Player
 
@@ -80,7 +81,7 @@ class Run:
         self._uses_prior = uses and config.corrector
         kept = max(DEPTH, config.anchors) if self._uses_prior else config.anchors
         self.player = Player(self.planner, response.transitions, total, self.executor, self.costs, kept)
-        if self._uses_prior and self.knowledge.learns and not self.idle:
+        if self._uses_prior and self.knowledge.learns and total >= FEWEST:
             self.player.recorder = Recorder(total)
         if response.note and not self.idle:
             self.note(f"{response.note}.")

@@ -76,7 +76,7 @@ def check(target: Any, call: Callable[[], object], preset: str | Config = "balan
     Raises:
         ConfigError, UnsupportedModelError: as `enable`.
     """
-    enable(target, preset, **settings)
+    enable(target, preset, **{"calibration": None, **settings})
     try:
         accelerators = accelerators_of(target)
         for accelerator in accelerators:

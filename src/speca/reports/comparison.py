@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..calibration.file import Calibration
 from ..config import MIN_STEPS, PRESETS, Config, SpecaConfig
 from ..diffusers.enable import enabled
 from ..errors import InputError
@@ -165,9 +166,10 @@ def compare(
 
     Calls alternate in order (off, on, then on, off, and so on), so that changes of the machine's speed affect both. A
     short call of each kind comes first and is not timed. Times are medians over `repeats`. The self-test, once for
-    each batch size, is included in the accelerated figures.
+    each batch size, is included in the accelerated figures. With `calibration="auto"` a sample of another seed is drawn
+    before, so that a model that nothing is known of is not measured while it is learnt from.
     """
-    settings = SpecaConfig.build(config)
+    settings, how = SpecaConfig.build(config), {"calibration": None, **how}
     chunks, steps = split(call_kwargs, seeds, batch), steps_of(pipe, call_kwargs)
 
     passes: dict[bool, list[Run]] = {False: [], True: []}
@@ -181,6 +183,9 @@ def compare(
         for accelerated in (False, True):
             call, some = chunks[0]
             run({**call, "num_inference_steps": MIN_STEPS}, some, accelerated)
+        if how["calibration"] == "auto" and Calibration.beside(pipe) is None:
+            alone, _ = split(call_kwargs, seeds, 1)[0]
+            run(alone, [max(seeds) + 1], True)
         for repeat in range(repeats):
             runs: dict[bool, list[Run]] = {False: [], True: []}
             for index, chunk in enumerate(chunks):

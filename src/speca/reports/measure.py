@@ -55,9 +55,9 @@ def generate(
 
     `call_kwargs` goes to the pipeline. A list or tensor in it that is as long as `seeds` (labels, prompts,
     embeddings) has one entry a sample; every other value is shared. Sample k depends on its own seed and entries
-    only, not on `batch`. Further arguments are those of `enable`.
+    only, not on `batch`. Further arguments are those of `enable`, but nothing is learnt unless `calibration="auto"`.
     """
-    settings = SpecaConfig.build(config)
+    settings, how = SpecaConfig.build(config), {"calibration": None, **how}
     chunks = split(call_kwargs, seeds, batch)
     with ticking(pipe, progress, len(chunks) * steps_of(pipe, call_kwargs)), enabled(pipe, settings, **how) as session:
         return joined([run_once(pipe, *chunk, session) for chunk in chunks])
