@@ -14,6 +14,7 @@ from . import rivals
 from .methods import (
     Method,
     adams_bashforth,
+    after_one_run,
     fewer_steps,
     plain,
     scheduled,
@@ -66,6 +67,8 @@ def _ours() -> list[Method]:
     made: dict[str, tuple[str, tuple[Any, ...], Apply]] = {
         "speca": ("tolerance", TOLERANCES, speca_with("tolerance", "balanced")),
         "speca-budget": ("speedup", SPEEDUPS, speca_with("speedup", "balanced")),
+        "speca-one-run": ("speedup", SPEEDUPS, after_one_run("speedup")),
+        "speca-unmeasured": ("speedup", SPEEDUPS, speca_with("speedup", "balanced", measured=False)),
         "speca-unprepared": ("tolerance", TOLERANCES, speca_with("tolerance", "balanced", prior="none")),
         "speca-generic": (
             "tolerance",

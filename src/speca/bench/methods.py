@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from ..calibration.calibrating import calibrating
+from ..calibration.file import Calibration
 from ..config import Config, SpecaConfig, VerifiedConfig
 from ..diffusers.enable import enabled
 from ..errors import InputError
+from ..reports.measure import run_once
 from .recording import TuningData
 from .setup import Apply, Call, Setup
 
@@ -149,6 +153,35 @@ def speca_with(knob: str, base: str | Config = VERIFYING, measured: bool = True,
             yield Setup(pipe, call, session)
 
     return apply
+
+
+LEARNT_FROM = 550_000
+"""Seed of the full run that method "speca-one-run" learns from; neither a tuning nor a reporting seed."""
+
+_learnt: WeakKeyDictionary[Any, dict[int, Calibration]] = WeakKeyDictionary()  # by pipeline and number of steps
+
+
+def after_one_run(knob: str) -> Apply:
+    """Run `speca` as a model's second call does: all that is known is what one full run of another seed showed."""
+
+    @contextmanager
+    def apply(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:
+        known, steps = _learnt.setdefault(pipe, {}), call["num_inference_steps"]
+        if steps not in known:
+            with calibrating(pipe) as lesson:
+                run_once(pipe, _of_one(call), [LEARNT_FROM], None)
+            known[steps] = lesson.calibration
+        chosen = SpecaConfig.build("balanced", **{knob: value})
+        with enabled(pipe, chosen, calibration=known[steps]) as session:
+            yield Setup(pipe, call, session)
+
+    return apply
+
+
+def _of_one(call: Call) -> Call:
+    """The arguments of the first sample of a call."""
+    many = {name: value for name, value in call.items() if isinstance(value, list)}
+    return {**call, **{name: value[:1] for name, value in many.items()}}
 
 
 def scheduled(corrector: bool) -> Apply:

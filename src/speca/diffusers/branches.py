@@ -83,7 +83,7 @@ class Branches:
 
 def _marks(arguments: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors that hold a call's conditions; of a list with one a row, the first; of a dictionary all."""
-    marks = {}
+    marks: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, dict):
             marks |= {f"{name}.{key}": found for key, found in _marks(value).items()}
