@@ -245,7 +245,7 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
         f"{models} models, {len(rows)} cells: a model, one of its samplers, a number of steps and of full steps. "
         "Signal to error in dB to the sampler's own full run, 16 samples; gains are those of the median sample (and of "
         "the 5th percentile). A win or loss is a difference of more than 0.5 dB. Analytic models are denoisers in "
-        "closed form (`speca.bench.analytic`, reporting seeds); results on them are not results on large trained models.",
+        "closed form (`speca.bench.analytic`, reporting seeds): results on them are none on large trained models.",
         "",
         f"`{command}`",
         "",

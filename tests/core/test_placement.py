@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ import tiny
 from speca.config import SpecaConfig
 from speca.core.controller import Planner
 from speca.core.correction import Corrector, quadrature
-from speca.core.placement import LEAST, cheapest, expected, place, shortlist, with_placements
+from speca.core.placement import COARSE, LEAST, cheapest, even, expected, place, shortlist, with_placements
 from speca.core.prior import DEPTH, Prior
 from speca.core.starts import spread
 from speca.core.transition import Transition, advance
@@ -248,3 +248,13 @@ def test_many_steps_are_placed_better_than_by_plain_schedules() -> None:
         plain = [expected(long, steps, set(spread(total, count, density))) for density in (0.9, 1.2, 1.6)]
         assert best.error == pytest.approx(expected(long, steps, set(best.steps))) and best.error < min(plain)
         assert any(p.steps[1] == 1 for p in (best, *others))
+
+
+def test_even_steps_of_a_flow_leave_no_leap() -> None:
+    """A gap is at most twice as long as the one before it, and the run ends with a full step."""
+    for total in range(8, 101):
+        for count in range(COARSE, total // 2 + 1):
+            steps = even(total, count, flow=True)
+            gaps = [b - a for a, b in pairwise(steps)]
+            assert steps[0] == 0 and steps[-1] == total - 1 and len(set(steps)) == len(steps) == count
+            assert all(later <= 2 * gap + 1 for gap, later in pairwise(gaps)), (total, count, steps)

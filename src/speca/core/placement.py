@@ -28,8 +28,9 @@ LEAST = 4
 COARSE = 5
 """A budget of fewer full steps, of which nothing is known, is spent as the sampler with so many steps would."""
 
-FLOW_DENSITY = 1.5
-"""How much denser evenly placed full steps of a flow are at the beginning: the power of their index."""
+FLOW_DENSITY = 1.15
+"""How much denser evenly placed full steps of a flow are at the beginning: the power of their index. More is better for
+some models, and worse than as many plain steps for others (docs/LOG.md)."""
 
 Growth = Sequence[float] | None
 Change = list[Array]
@@ -53,7 +54,18 @@ def even(total: int, count: int, flow: bool) -> tuple[int, ...]:
     """
     if count < COARSE:
         return tuple(round(k * total / count) for k in range(count))
-    return spread(total, count, FLOW_DENSITY, rest=0.0) if flow else spread(total, count, 1.0)
+    return _without_leaps(spread(total, count, FLOW_DENSITY, rest=0.0)) if flow else spread(total, count, 1.0)
+
+
+def _without_leaps(steps: tuple[int, ...]) -> tuple[int, ...]:
+    """The same steps with those moved after which a gap is more than twice as long as the one before: a line through
+    two full steps close together must not be drawn out far."""
+    found = list(steps)
+    for k in range(1, len(found) - 1):
+        before, gap = found[k] - found[k - 1], found[k + 1] - found[k]
+        if gap > 2 * before:
+            found[k] = found[k - 1] + math.ceil((before + gap) / 3)
+    return tuple(found)
 
 
 def place(prior: Prior, transitions: tuple[Transition, ...], count: int, growth: Growth = None) -> Placement:
