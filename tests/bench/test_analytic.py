@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+import speca
 from speca.bench.analytic import PATHS, AnalyticModel, analytic, draw
 
 STEPS, FULL = 50, 10
@@ -54,3 +58,34 @@ def test_a_budget_of_a_model_that_nobody_measured_is_no_worse_than_as_many_steps
     assert len(gains) == 11
     assert min(gains) > -0.5, "in dB at the median of the samples"
     assert sum(gains) / len(gains) > 6
+
+
+def euler(denoise: Any, x: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+    for here, there in pairwise(times):
+        x = x + (there - here) * denoise(x, here, labels=labels)
+    return x
+
+
+@pytest.mark.parametrize(("steps", "full"), [(50, 16), (50, 7), (20, 6)])
+def test_what_one_run_shows_is_worth_ten_decibels_and_costs_none(steps: int, full: int) -> None:
+    """On eight reporting flows of 64 elements or more: learnt from a run of another seed, beside as many plain steps."""
+    labels, times, gains = torch.tensor(SEEDS) % 4, torch.linspace(1, 0, steps + 1), []
+    flows = [model for seed in range(1, 100, 2) if (model := analytic(seed)).path == "flow"]
+    for model in [model for model in flows if model.size >= 64][:8]:
+
+        def velocity(x: Tensor, time: Tensor, labels: Tensor, model: AnalyticModel = model) -> Tensor:
+            return model(x, time.reshape(-1).expand(len(x)), labels.expand(len(x)))
+
+        denoise = speca.Denoiser(
+            velocity, sampler=euler, sigmas=times, prediction="velocity", options={"labels": labels[:1]},
+            speedup=steps / full, calibration="auto",
+        )  # fmt: skip
+        euler(denoise, model.noise([700_123]), times, labels[:1])
+        x = model.noise(SEEDS)
+        whole = euler(velocity, x, times, labels)
+        few = euler(velocity, x, torch.linspace(1, 0, full + 1), labels)
+        error, plain = ((y - whole).square().mean(1).median() for y in (euler(denoise, x, times, labels), few))
+        assert denoise.report().samples[0].full == full
+        gains.append(10 * float((plain / error).log10()))
+    assert min(gains) > -0.5
+    assert sum(gains) / len(gains) > 10

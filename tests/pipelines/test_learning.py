@@ -19,6 +19,8 @@ import tiny
 from speca.calibration.knowledge import AGAIN
 from speca.core.prior import Prior
 from speca.diffusers.enable import accelerators_of
+from speca.reports.comparison import psnr
+from speca.zoo import call_arguments, load
 
 STEPS = 20
 TO_LEARN = "to learn from it"
@@ -222,3 +224,47 @@ def test_what_keeps_failing_is_not_learnt_for_ever(monkeypatch: pytest.MonkeyPat
     done = [full_steps(case) for _ in range(2 * AGAIN + 2)]
     assert done[:4] == [STEPS, STEPS // 4, STEPS, STEPS // 4], "it is learnt again after it did not hold"
     assert done[-2:] == [STEPS // 4] * 2
+
+
+def test_a_calibration_of_other_guidance_is_not_used() -> None:
+    """As `emoji-flux` ships: measured without true guidance, and called with it."""
+    pipe = load("emoji-flux")
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = dict(prompt="a red apple", num_inference_steps=16, output_type="latent")
+
+    def drawn(**how: Any) -> tuple[torch.Tensor, speca.Report]:
+        speca.enable(pipe, calibration=how.pop("calibration", None))
+        generator = torch.Generator().manual_seed(1)
+        return pipe(**call_arguments("emoji-flux"), **call, **how, generator=generator).images, speca.report(pipe)
+
+    _, report = drawn()
+    assert not report.notes
+    guided = dict(true_cfg_scale=3.0, negative_prompt="a house")
+    made, report = drawn(**guided)
+    assert any("measured with another kind of guidance" in note for note in report.notes)
+    blind, without = drawn(calibration=False, **guided)
+    torch.testing.assert_close(made, blind, rtol=1e-4, atol=1e-4)
+    assert report.samples == without.samples
+
+
+@pytest.mark.parametrize("change", ["size", "shift"])
+def test_a_calibration_helps_at_another_size_and_shift(change: str) -> None:
+    pipe = load("emoji-flux")
+    pipe.set_progress_bar_config(disable=True)
+    call = {**call_arguments("emoji-flux"), "prompt": ["a red apple", "a boat"], "num_inference_steps": 28}
+    if change == "size":
+        call |= {"height": 96, "width": 96}
+    else:
+        config = {**pipe.scheduler.config, "shift": 8.0, "use_dynamic_shifting": False}
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+
+    def drawn() -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return torch.as_tensor(pipe(**call, generator=generators, output_type="np").images)
+
+    whole, found = drawn(), {}
+    for calibration in (None, False):
+        speca.enable(pipe, speedup=3, calibration=calibration)
+        found[calibration] = psnr(drawn(), whole).min().item()
+        speca.disable(pipe)
+    assert found[None] > 35 and found[None] > found[False]
