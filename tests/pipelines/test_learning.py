@@ -218,7 +218,7 @@ def test_a_prior_that_does_not_hold_is_done_without_and_not_used_again(monkeypat
 
 
 def test_what_keeps_failing_is_not_learnt_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speca.denoiser.run.DOUBT", 0.0)
+    monkeypatch.setattr("speca.denoiser.run.DOUBT_IN_BUDGET", 0.0)
     case = tiny.flux()
     speca.enable(case.pipe, speedup=4)
     done = [full_steps(case) for _ in range(2 * AGAIN + 2)]

@@ -25,8 +25,9 @@ from .learning import LEAST as FEWEST
 from .learning import Recorder
 from .player import Call, Player
 
-DOUBT = 6.0
-"""Mean surprise of the full steps so far, one without surprise counted in, above which a prior is done without."""
+DOUBT, DOUBT_IN_BUDGET = 6.0, 20.0
+"""Mean surprise of the full steps so far, one without surprise counted in, above which a prior is done without; more with
+a budget, which has only even steps to fall back to."""
 
 
 class Run:
@@ -291,8 +292,9 @@ class Run:
         """Do without the prior for samples whose full steps show that it does not hold."""
         if not self._measured:
             return
+        limit = DOUBT_IN_BUDGET if self.config.speedup else DOUBT
         for record in branch.records:
-            if record.measured and sum(record.surprises) > DOUBT * (len(record.surprises) + 1):
+            if record.measured and sum(record.surprises) > limit * (len(record.surprises) + 1):
                 mine = [r for r in self.records if r.sample == record.sample]
                 for same in mine:
                     same.measured = False
