@@ -26,8 +26,8 @@ from .learning import Recorder
 from .player import Call, Player
 
 DOUBT, DOUBT_IN_BUDGET = 6.0, 20.0
-"""Mean surprise of the full steps so far, one without surprise counted in, above which a prior is done without; more with
-a budget, which has only even steps to fall back to."""
+"""Mean surprise of the full steps so far, one without surprise counted in, above which a prior is done without; more
+with a budget, which has only even steps to fall back to."""
 
 
 class Run:
