@@ -26,9 +26,6 @@ def sampler(memory: int) -> tuple[Transition, ...]:
     )
 
 
-GROWTH = tuple(1 + 0.3 * (-1) ** j for j in range(STEPS))
-
-
 def placements(count: int, number: int = 20) -> np.ndarray:
     chance = random.Random(count)
     return np.array([[0, *sorted(chance.sample(range(1, STEPS), count - 1))] for _ in range(number)])

@@ -22,7 +22,6 @@ from speca.core.transition import Transition, advance
 from speca.denoiser.branch import Branch
 from speca.denoiser.executor import Executor
 from speca.denoiser.player import Call, Player
-from speca.errors import ConfigError
 from speca.reports.costs import Costs
 
 STEPS, SAMPLES, SIZE = 12, 6, 40
@@ -183,38 +182,6 @@ def test_no_plain_schedule_is_better(prior: Prior, transitions: tuple[Transition
         plain = [spread(STEPS, count, density) for density in (0.9, 1.0, 1.2, 1.6)]
         least = min(expected(prior, transitions, set(p)) for p in plain)
         assert place(prior, transitions, count).error <= least * (1 + 1e-9)  # two ways to compute the same
-
-
-def test_growth_of_ones_changes_nothing(prior: Prior) -> None:
-    ones = [1] * STEPS
-    assert expected(prior, noisy(), {0, 3, 7}, growth=ones) == expected(prior, noisy(), {0, 3, 7})
-    assert shortlist(prior, noisy(), 4, ones) == shortlist(prior, noisy(), 4)
-    assert cheapest(prior, noisy(), 0.01, ones) == cheapest(prior, noisy(), 0.01)
-
-
-def test_growth_multiplies_a_deviation_after_the_step(prior: Prior) -> None:
-    one, last = expected(prior, flow(), {0}), [1.0] * (STEPS - 1)
-    assert expected(prior, flow(), {0}, growth=[*last, 3.0]) == pytest.approx(3 * one)
-    assert expected(prior, flow(), {0}, growth=[5.0] + [1.0] * (STEPS - 1)) == pytest.approx(one), "none is off yet"
-    assert expected(prior, flow(), {0}, growth=[1.0, 3.0] + [1.0] * (STEPS - 2)) != pytest.approx(one)
-
-
-def test_full_steps_are_earlier_where_errors_grow_and_later_where_they_fade() -> None:
-    t = np.linspace(0, 1, STEPS)
-    level = Prior(tuple(1 - i / STEPS for i in range(STEPS)), np.exp(-8 * (t[:, None] - t) ** 2) + 1e-3 * np.eye(STEPS))
-    mean = {by: np.mean(place(level, flow(), 5, [by] * STEPS).steps) for by in (0.6, 1.0, 1.6)}
-    assert mean[1.6] < mean[1.0] < mean[0.6]
-
-
-def test_growth_that_does_not_fit_is_refused(prior: Prior) -> None:
-    for growth in ([1.0] * (STEPS - 1), [1.0] * (STEPS - 1) + [0.0], [1.0] * (STEPS - 1) + [math.nan]):
-        with pytest.raises(ConfigError, match="growth takes one positive number for each of 12 steps"):
-            place(prior, flow(), 4, growth)
-
-
-def test_what_was_placed_beforehand_does_not_count_where_errors_grow(prior: Prior) -> None:
-    given = Prior(prior.noise, prior.moments, {5: (0, 1, 2, 3, 4)})
-    assert place(given, flow(), 5, [1.0] * STEPS).steps == place(prior, flow(), 5).steps != (0, 1, 2, 3, 4)
 
 
 def test_a_search_is_the_same_again_and_touches_no_random_numbers(prior: Prior) -> None:

@@ -7,14 +7,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from core.schedules import GROWTH, STEPS, placements, rough, sampler
+from core.schedules import STEPS, placements, rough, sampler
 from speca.core.batch import Runs
 from speca.core.search import improved, moves_of, scores_of, search
 
 
 @pytest.mark.parametrize("memory", [1, 2, 3])
 def test_moves_are_scored_as_the_runs_after_them(memory: int) -> None:
-    tables = Runs(rough(), sampler(memory), GROWTH, range(STEPS), STEPS)
+    tables = Runs(rough(), sampler(memory), range(STEPS), STEPS)
     for count in (2, 3, 4, 8):
         some = placements(count, 3)
         moves = moves_of(tables, some, np.array([1, 2, 1]))
@@ -22,7 +22,7 @@ def test_moves_are_scored_as_the_runs_after_them(memory: int) -> None:
 
 
 def test_moves_are_different_placements_in_order_and_leave_what_is_kept() -> None:
-    tables = Runs(rough(), sampler(1), GROWTH, range(STEPS), STEPS)
+    tables = Runs(rough(), sampler(1), range(STEPS), STEPS)
     some = np.array([[0, 1, 5, 6, 12], [0, 1, 2, 9, 13]])
     moves = moves_of(tables, some, np.array([1, 2]))
     assert (np.diff(moves.to) > 0).all() and moves.to.max() < STEPS and (moves.to[:, 0] == 0).all()
@@ -38,11 +38,11 @@ def test_moves_are_different_placements_in_order_and_leave_what_is_kept() -> Non
 
 @pytest.mark.parametrize("memory", [1, 2])
 def test_improved_placements_are_better_and_nearly_the_best(memory: int) -> None:
-    tables = Runs(rough(), sampler(memory), GROWTH, range(STEPS), STEPS)
+    tables = Runs(rough(), sampler(memory), range(STEPS), STEPS)
     begun = placements(5, 6)
     found, errors = improved(tables, begun, [1] * 6)
     assert (errors <= tables.errors(begun)).all() and errors == pytest.approx(tables.errors(found))
     every = tables.errors(np.array([(0, *rest) for rest in combinations(range(1, STEPS), 4)]))
     assert (every < errors.min() * (1 - 1e-9)).sum() <= len(every) // 100
-    best = min(search(rough(), sampler(memory), 5, GROWTH).values())
+    best = min(search(rough(), sampler(memory), 5).values())
     assert (every < best**2 * (1 - 1e-9)).sum() <= len(every) // 100

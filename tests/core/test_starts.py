@@ -20,7 +20,7 @@ def tables() -> Runs:
     t = np.linspace(0, 1, STEPS)
     prior = Prior(tuple(1 - t), np.exp(-8 * (t[:, None] - t) ** 2) + 1e-3 * np.eye(STEPS))
     steps = [Transition((-0.2, 1.2), (-0.1, -0.02), 0.0, 1 + 0.02 * j) for j in range(STEPS)]
-    return Runs(prior, steps, (1.0,) * STEPS, range(STEPS), STEPS)
+    return Runs(prior, steps, range(STEPS), STEPS)
 
 
 def total(starts: Starts, steps: list[int]) -> float:

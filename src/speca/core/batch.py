@@ -46,7 +46,6 @@ class Runs:
         self,
         prior: Prior,
         transitions: Sequence[Transition],
-        growth: Sequence[float],
         positions: Sequence[int],
         reach: int,
     ) -> None:
@@ -60,16 +59,11 @@ class Runs:
         self.covariance[:-1, :-1] = prior.moments[np.ix_(self.positions[:-1], self.positions[:-1])]
         self.steps = np.stack([_matrix(t) for t in transitions])  # (T, p, p)
         self.effects = np.array([t.effect for t in transitions])  # (T, p)
-        self.growth = np.array(growth, dtype=np.float64)
         self.follow = np.array([t.jacobian for t in transitions])
         here = [transitions[p] for p in positions]
         self.jacobians = np.array([*(t.jacobian for t in here), 0.0])
         self.sizes = np.array([*(t.size for t in here), 1.0])
-        self.drifts, self.transports = self._integrals(roots, np.ones(self.total))
-        self.grown, self.transports = (
-            (self.drifts, self.transports) if (self.growth == 1).all() else self._integrals(roots, self.growth)
-        )
-
+        self.drifts, self.transports = self._integrals(roots)
         self.ends = self._ends()
 
     def _ends(self) -> Array:
@@ -79,11 +73,11 @@ class Runs:
         for step in reversed(range(self.total)):
             follow = self.steps[step].copy()
             follow[:, 0] += self.effects[step] * self.follow[step]
-            ends[step] = found = found @ follow * self.growth[step]
+            ends[step] = found = found @ follow
         chosen: Array = ends[self.positions]
         return chosen
 
-    def _integrals(self, roots: Array, growth: Array) -> tuple[Array, Array]:
+    def _integrals(self, roots: Array) -> tuple[Array, Array]:
         """Effects between full steps a and b = a + gap: of the outputs on the p samples at b, (m + 1, gaps, p, r), and
         of the p samples after step a on those, (m + 1, gaps, p, p)."""
         p, r = self.memory, roots.shape[1]
@@ -101,7 +95,6 @@ class Runs:
                 break
             now[first:behind] = self.steps[step] @ now[first:behind]
             now[first:behind, :, :r] += self.effects[step][:, None] * roots[step]
-            now[first:behind] *= growth[step]
             behind += step == self.positions[behind]
         return np.ascontiguousarray(both[..., :r]), np.ascontiguousarray(both[..., r:])
 
@@ -122,12 +115,11 @@ class Runs:
         p, n = self.memory, self.memory + DEPTH
         last, to = windows[:, 2], windows[:, 3]
         anchors = windows[:, 2::-1]
-        drifts, grown = self.drifts[last, to - last], self.grown[last, to - last]
+        drifts = self.drifts[last, to - last]
         known = self.outputs[anchors].transpose(0, 2, 1)
         wanted = [self.covariance[anchors, to[:, None]][:, None], drifts @ known]
-        wanted += [] if self.grown is self.drifts else [grown @ known]
         weights = self.solved(anchors, np.concatenate(wanted, 1))
-        forecast, drift, along = weights[:, 0], weights[:, 1 : p + 1], weights[:, -p:]
+        forecast, drift = weights[:, 0], weights[:, 1:]
         before = self.covariance[anchors, to[:, None]]
         spread = self.covariance[to, to] * (1 + NUGGET) - (forecast * before).sum(1)
         shared = np.einsum("npr,nr->np", drifts, self.outputs[to]) - np.einsum("npk,nk->np", drift, before)
@@ -137,7 +129,7 @@ class Runs:
 
         off = np.zeros((len(windows), p, n + p + 1))
         off[:, :, :p] = self.transports[last, to - last]
-        off[:, :, p:n] = along
+        off[:, :, p:n] = drift
         off[:, range(p), range(n, n + p)] = -1
         used = jacobian * off[:, 0]
         used[:, -1] += 1
@@ -152,10 +144,10 @@ class Runs:
         step = np.minimum(self.positions[to], self.total - 1)
         after = self.steps[step] @ (off + gain[:, :, None] * beyond[:, None])
         after += self.effects[step][:, :, None] * used[:, None]
-        change[:, :p] = after * self.growth[step][:, None, None]
+        change[:, :p] = after
         met = (self.positions[to] - self.positions[last] > 1) / (self.sizes[to] ** 2 * count)
         weight = np.where(to < self.size, met, last < self.size)
-        return Spans(change, off[:, 0], weight, np.concatenate([grown, self.outputs[to][:, None]], 1))
+        return Spans(change, off[:, 0], weight, np.concatenate([drifts, self.outputs[to][:, None]], 1))
 
     def solved(self, anchors: Steps, wanted: Array) -> Array:
         """The weights (N, q, DEPTH) of the outputs at `anchors` (N, DEPTH) whose covariances with them are `wanted`."""

@@ -9,13 +9,12 @@ at once (`core/batch.py`): some tens of milliseconds for 50 steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from ..errors import ConfigError
 from .batch import Runs
 from .prior import DEPTH, Array, Prior
 from .search import search
@@ -32,7 +31,6 @@ FLOW_DENSITY = 1.15
 """How much denser evenly placed full steps of a flow are at the beginning: the power of their index. More is better for
 some models, and worse than as many plain steps for others (docs/LOG.md)."""
 
-Growth = Sequence[float] | None
 Change = list[Array]
 """Of the sample at a step and of those after it (`core/correction.py`), each as coefficients (T,) of the outputs."""
 
@@ -68,22 +66,21 @@ def _without_leaps(steps: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def place(prior: Prior, transitions: tuple[Transition, ...], count: int, growth: Growth = None) -> Placement:
+def place(prior: Prior, transitions: tuple[Transition, ...], count: int) -> Placement:
     """Return the best `count` full steps known for a run of the linear sampler `transitions`; step 0 is among them.
 
-    `growth` is as in `expected`. What the prior has placed is taken where none is given, as it was found without.
+    What the prior has placed is taken as it is.
     """
     total = len(transitions)
     if count >= total:
         return Placement(tuple(range(total)), 0.0)
-    if count in prior.placed and growth is None:
-        return _scored(prior, transitions, _growths(transitions, None), [tuple(prior.placed[count])])[0]
-    return shortlist(prior, transitions, count, growth)[0]
+    if count in prior.placed:
+        return _scored(prior, transitions, tuple(prior.placed[count]))
+    return shortlist(prior, transitions, count)[0]
 
 
-def shortlist(
-    prior: Prior, transitions: tuple[Transition, ...], count: int, growth: Growth = None
-) -> tuple[Placement, ...]:
+@lru_cache(maxsize=512)
+def shortlist(prior: Prior, transitions: tuple[Transition, ...], count: int) -> tuple[Placement, ...]:
     """Return different placements of `count` full steps, fewer than all, which no move improves; the best first.
 
     In one of them the second step is in full. The expected error leaves out how outputs change with a sample that is
@@ -93,41 +90,16 @@ def shortlist(
         prior: of the run's T steps.
         transitions: of the linear sampler, T.
         count: number of full steps.
-        growth: (T,) by what a deviation of the sample is multiplied after each step, see `expected`.
     """
-    return _shortlist(prior, transitions, count, _growths(transitions, growth))
+    found = (Placement(steps, error) for steps, error in search(prior, transitions, count).items())
+    return tuple(sorted(found, key=lambda placement: placement.error))
 
 
-@lru_cache(maxsize=512)
-def _shortlist(
-    prior: Prior, transitions: tuple[Transition, ...], count: int, growth: tuple[float, ...]
-) -> tuple[Placement, ...]:
-    found = search(prior, transitions, count, growth)
-    return _sorted(Placement(steps, error) for steps, error in found.items())
-
-
-def _sorted(placements: Iterable[Placement]) -> tuple[Placement, ...]:
-    return tuple(sorted(placements, key=lambda placement: placement.error))
-
-
-def _growths(transitions: Sequence[Transition], growth: Growth) -> tuple[float, ...]:
-    """The growth (T,) at each step as numbers: ones where none is given. Raises ConfigError if it does not fit."""
-    found = (1.0,) * len(transitions) if growth is None else tuple(float(g) for g in growth)
-    if len(found) != len(transitions) or not all(0 < g < math.inf for g in found):
-        raise ConfigError(f"growth takes one positive number for each of {len(transitions)} steps; got {found}.")
-    return found
-
-
-def _scored(
-    prior: Prior, transitions: tuple[Transition, ...], growth: tuple[float, ...], placements: Sequence[tuple[int, ...]]
-) -> list[Placement]:
-    """Placements of equally many full steps with the errors expected of them."""
-    if not placements:
-        return []
-    positions = sorted({0, *(step for placement in placements for step in placement)})
-    tables = Runs(prior, transitions, growth, positions, len(positions))
-    errors = np.sqrt(tables.errors(np.searchsorted(positions, placements)))
-    return [Placement(p, e) for p, e in zip(placements, errors.tolist(), strict=True)]
+def _scored(prior: Prior, transitions: tuple[Transition, ...], steps: tuple[int, ...]) -> Placement:
+    """A placement with the error that is expected of it."""
+    positions = sorted({0, *steps})
+    tables = Runs(prior, transitions, positions, len(positions))
+    return Placement(steps, float(np.sqrt(tables.errors(np.searchsorted(positions, [steps]))[0])))
 
 
 def with_placements(prior: Prior, transitions: tuple[Transition, ...]) -> Prior:
@@ -136,23 +108,16 @@ def with_placements(prior: Prior, transitions: tuple[Transition, ...]) -> Prior:
     return replace(prior, placed={count: place(prior, transitions, count).steps for count in counts})
 
 
-def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float, growth: Growth = None) -> Placement:
-    """Return a placement whose expected error is at most `tolerance`, where one full step fewer would exceed it.
-
-    `growth` is as in `expected`.
-    """
+def cheapest(prior: Prior, transitions: tuple[Transition, ...], tolerance: float) -> Placement:
+    """Return a placement whose expected error is at most `tolerance`, where one full step fewer would exceed it."""
     few, many = LEAST, len(transitions)
     middle = max(few, many // 2)  # up to here a prior may know its placements
     while few < many:
-        few, many = (
-            (few, middle) if place(prior, transitions, middle, growth).error <= tolerance else (middle + 1, many)
-        )
+        few, many = (few, middle) if place(prior, transitions, middle).error <= tolerance else (middle + 1, many)
         middle = (few + many) // 2
-    while (
-        many > LEAST and place(prior, transitions, many - 1, growth).error <= tolerance
-    ):  # errors need not fall at each step
+    while many > LEAST and place(prior, transitions, many - 1).error <= tolerance:  # errors need not fall at each step
         many -= 1
-    return place(prior, transitions, many, growth)
+    return place(prior, transitions, many)
 
 
 def expected(
@@ -160,19 +125,16 @@ def expected(
     transitions: Sequence[Transition],
     full: set[int],
     truth: Array | None = None,
-    growth: Growth = None,
 ) -> float:
     """Return the expected error of the sample in a run with the `full` steps: root mean square per element.
 
-    The weights are the prior's, the moments (T, T) its own or those of `truth`. Models answer to a sample that is off,
-    so its deviation may grow or shrink on the way: after each step it is multiplied by the `growth` (T,) there, by
-    default one. The corrector does not know of it. Raises `ConfigError` if `growth` does not fit.
+    The weights are the prior's, the moments (T, T) its own or those of `truth`.
 
     The mean square of the error at the end is added to that at the steps where outputs are computed, in units of the
     straight path. The latter is corrected and has no effect in first order; but outputs change with it in a way that
     moments cannot show (measured, docs/LOG.md).
     """
-    total, growths, moments = len(transitions), _growths(transitions, growth), prior.moments if truth is None else truth
+    total, moments = len(transitions), prior.moments if truth is None else truth
     none: Change = [np.zeros(total)] * len(transitions[0].keep)
     off = none  # what this sample and those after it are off by, as coefficients of the outputs
     met = 0.0  # mean squares of what the sample is off by where outputs are computed
@@ -195,7 +157,7 @@ def expected(
             drafts.append(step)
         error = used.copy()
         error[step] -= 1
-        off = [o * growths[step] for o in advance(off, t, error)]
+        off = advance(off, t, error)
     return math.sqrt(max(0.0, float(off[0] @ moments @ off[0]) + met / len(full)))
 
 

@@ -43,12 +43,10 @@ PART = 400
 """Moves scored at once; the arrays of more do not fit into a processor's cache."""
 
 
-def search(
-    prior: Prior, transitions: tuple[Transition, ...], count: int, growth: tuple[float, ...]
-) -> dict[tuple[int, ...], float]:
+def search(prior: Prior, transitions: tuple[Transition, ...], count: int) -> dict[tuple[int, ...], float]:
     """Return two or three placements of `count` full steps, each found from another start, and their expected errors.
 
-    `growth` (T,) is that of `expected` in `core/placement.py`. In one of the placements the second step is full.
+    In one of the placements the second step is full.
     """
     total = len(transitions)
     whole = total <= WHOLE
@@ -56,24 +54,24 @@ def search(
     positions = tuple(sorted({0, 1, *range(0, total, stride)}))
     mean = len(positions) / count
     if whole:  # tables that other counts can share
-        tables = _tables(prior, transitions, growth)
+        tables = _tables(prior, transitions)
         starts = _starts(tables, 1 << math.ceil(math.log2(max(FINE, NEAR * mean))))
     else:
-        tables = Runs(prior, transitions, growth, positions, min(len(positions), math.ceil(FAR * mean)))
+        tables = Runs(prior, transitions, positions, min(len(positions), math.ceil(FAR * mean)))
         starts = Starts(tables, max(FINE, math.ceil(NEAR * mean)))
     begun, kept = _begun(tables, starts, count)
     found, errors = improved(tables, begun, kept)
     if stride > 1:
         return dict(
-            _refined(prior, transitions, growth, tables.positions[placement], stride, keep)
+            _refined(prior, transitions, tables.positions[placement], stride, keep)
             for placement, keep in zip(found, kept, strict=True)
         )
     return {tuple(p): math.sqrt(error) for p, error in zip(found.tolist(), errors.tolist(), strict=True)}
 
 
 @lru_cache(maxsize=8)
-def _tables(prior: Prior, transitions: tuple[Transition, ...], growth: tuple[float, ...]) -> Runs:
-    return Runs(prior, transitions, growth, range(len(transitions)), len(transitions))
+def _tables(prior: Prior, transitions: tuple[Transition, ...]) -> Runs:
+    return Runs(prior, transitions, range(len(transitions)), len(transitions))
 
 
 @lru_cache(maxsize=16)
@@ -92,12 +90,12 @@ def _begun(tables: Runs, starts: Starts, count: int) -> tuple[Steps, list[int]]:
 
 
 def _refined(
-    prior: Prior, transitions: tuple[Transition, ...], growth: tuple[float, ...], steps: Steps, stride: int, kept: int
+    prior: Prior, transitions: tuple[Transition, ...], steps: Steps, stride: int, kept: int
 ) -> tuple[tuple[int, ...], float]:
     """A placement improved by full steps less than `stride` from its `steps`, and its error."""
     near = (steps[:, None] + np.arange(1 - stride, stride)).ravel()
     positions = np.unique(np.append(near[(near >= 0) & (near < len(transitions))], (0, 1)))
-    tables = Runs(prior, transitions, growth, positions.tolist(), len(positions))
+    tables = Runs(prior, transitions, positions.tolist(), len(positions))
     found, errors = improved(tables, np.searchsorted(positions, steps)[None], [kept])
     return tuple(positions[found[0]].tolist()), math.sqrt(errors[0])
 

@@ -38,7 +38,7 @@ class Starts:
         """What the outputs of spans make of the samples after them, summed with `weights` (m + 1, p)."""
         m, g = self.tables.size, self.reach
         to = np.minimum(np.arange(m)[:, None] + np.arange(g + 1), m)
-        sums = (weights[to][:, :, None] @ self.tables.grown[:m, : g + 1])[:, :, 0]
+        sums = (weights[to][:, :, None] @ self.tables.drifts[:m, : g + 1])[:, :, 0]
         outputs = self.tables.outputs
         before = np.concatenate([np.zeros((2 * g, outputs.shape[1])), outputs[:m]])
         around = np.lib.stride_tricks.sliding_window_view(before, 2 * g + 1, axis=0)[:, :, ::-1]
