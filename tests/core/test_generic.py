@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from speca.core.correction import polynomial
-from speca.core.generic import generic
+from speca.core.generic import filled, generic
 from speca.core.placement import place
 from speca.core.prior import Prior
 from speca.core.transition import Transition
@@ -103,3 +103,18 @@ def test_rows_of_a_run_agree_with_torch(run: tuple[str, tuple[float, ...], tuple
         t, step = scheduler.timesteps[index][None], steps[index]
         told = mix(data, t, noise) if mix else scheduler.add_noise(data, noise, t)
         torch.testing.assert_close(step.signal * data + (step.size - step.signal) * noise, told, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prior_of_some_steps_is_filled_where_the_sampler_puts_the_others() -> None:
+    """Exact at what was measured; and where outputs are as the generic prior says, so they are between."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(20)
+    response = scheduler_response(scheduler)
+    truth = generic(response.noise, response.transitions)
+    assert truth is not None
+    some = [0, 3, 7, 12, 16, 19]
+    measured = Prior(tuple(truth.noise[s] for s in some), 1.7 * truth.moments[np.ix_(some, some)])
+    found = filled(measured, response.noise, response.transitions)
+    assert found.noise == response.noise
+    np.testing.assert_allclose(found.moments[np.ix_(some, some)], measured.moments, rtol=1e-3)
+    np.testing.assert_allclose(found.moments, 1.7 * truth.moments, rtol=2e-2)

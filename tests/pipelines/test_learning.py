@@ -268,3 +268,16 @@ def test_a_calibration_helps_at_another_size_and_shift(change: str) -> None:
         found[calibration] = psnr(drawn(), whole).min().item()
         speca.disable(pipe)
     assert found[None] > 35 and found[None] > found[False]
+
+
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_online_the_first_run_has_every_third_step_in_full_and_teaches_all_the_same(name: str, cache: Path) -> None:
+    case = tiny.PIPELINES[name]()
+    speca.enable(case.pipe, speedup=4, calibration="online")
+    with pytest.warns(UserWarning, match="at least every third step of this run is computed"):
+        assert full_steps(case, steps=24) == 8
+    assert full_steps(case, steps=24) == 6 and not learns(case)
+    (file,) = cache.glob("*/*.json")
+    assert len(json.loads(file.read_text())["prior"]["noise"]) == 24, "the steps between were filled in"
+    speca.enable(case.pipe, speedup=4)
+    assert full_steps(case, steps=24) == 24, "who asks for a full run is not given less"

@@ -41,23 +41,27 @@ class Knowledge:
     Attributes:
         given: the calibration or prior of the model, if there is one.
         learns: whether a run of which nothing is known is to be computed in full, to learn from it.
+        in_full: whether such a run has every step in full, or only every third.
         lesson: what to tell the user of such a run, empty for nothing.
     """
-
-    lesson = "every step of this run is computed, to learn from it; later runs are accelerated by what it shows."
 
     def __init__(
         self,
         given: Calibration | Prior | None = None,
         cache: PriorCache | None = None,
         model: Callable[[], str] = lambda: "",
+        in_full: bool = True,
     ) -> None:
         """
         Args:
             given: see above.
             cache: where priors of full runs are kept; None to learn nothing.
             model: returns the fingerprint of the model as it is now.
+            in_full: see above.
         """
+        self.in_full = in_full
+        steps = "every step" if in_full else "at least every third step"
+        self.lesson = f"{steps} of this run is computed, to learn from it; later runs are accelerated by what it shows."
         self.given, self._cache, self._model = given, cache, model
         self._now = ""  # the fingerprint when something was last looked for, at the beginning of a run
         self._refused: set[Kind] = set()  # kinds of call for which what is given was found not to hold
@@ -87,6 +91,8 @@ class Knowledge:
         if (self._now, kind) in self._doubted:
             return None
         found = self._cache.find((self._now, *kind, transitions[0].noisy), noise)
+        if found is None and not self.in_full:
+            found = self._cache.find((self._now, *kind, transitions[0].noisy, "online"), noise)
         return None if found is None or not found.covers(noise) else blended(found.at(noise), transitions)
 
     def _fits(self, kind: Kind) -> bool:
@@ -115,7 +121,7 @@ class Knowledge:
         """Keep what a full run has shown."""
         assert self._cache is not None
         self._doubted.discard((self._now, kind))
-        self._cache.add((self._now, *kind, prior.noisy), prior)
+        self._cache.add((self._now, *kind, prior.noisy, *(() if self.in_full else ("online",))), prior)
 
     def doubt(self, kind: Kind) -> None:
         """Note that what was found for this kind of call did not hold in a run: it is not used again, and the next run
@@ -140,10 +146,9 @@ class Learner(Knowledge):
         transitions: (T,) of the sampler of the last run.
     """
 
-    lesson = ""
-
     def __init__(self) -> None:
         super().__init__()
+        self.lesson = ""
         self.runs: list[tuple[Kind, Prior]] = []
         self.transitions: tuple[Transition, ...] = ()
 

@@ -22,7 +22,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .prior import Array, Prior
+from .prior import NUGGET, Array, Prior
 from .transition import Transition
 
 VARIANCES = np.geomspace(0.015, 2.0, 12)
@@ -58,6 +58,42 @@ def blended(prior: Prior, transitions: tuple[Transition, ...]) -> Prior:
     scale = np.sqrt(np.diag(prior.moments) / np.diag(other.moments))
     mixed = (1 - SHARE) * prior.moments + SHARE * (scale[:, None] * other.moments * scale)
     return Prior(prior.noise, (mixed + mixed.T) / 2, noisy=prior.noisy)
+
+
+def filled(prior: Prior, noise: tuple[float, ...], transitions: tuple[Transition, ...]) -> Prior:
+    """Return the prior of a run of T steps at the diffusion times `noise`, of which only some steps were measured.
+
+    Outputs at the other steps are expected where the generic prior puts them, given those that were measured, and
+    scatter about that as it says, `G - W G_S`, times what leaving out one measured step at a time shows. Where the
+    sampler's path is unknown, moments are interpolated.
+
+    Args:
+        prior: of the steps that were measured, which are among those of the run.
+        noise, transitions: (T,) of the run.
+    """
+    other = generic(noise, transitions)
+    if other is None:
+        return prior.at(noise)
+    steps = [int(np.abs(np.array(noise) - t).argmin()) for t in prior.noise]
+    ratio = np.sqrt(np.diag(prior.moments) / np.diag(other.moments)[steps])
+    scale = np.interp(np.arange(len(noise)), steps, ratio)
+    expected = scale[:, None] * other.moments * scale
+    known = expected[np.ix_(steps, steps)] * (1 + NUGGET * np.eye(len(steps)))
+    weights = np.linalg.solve(known, expected[steps]).T
+    scatter = expected - weights @ expected[steps]
+    found = weights @ prior.moments @ weights.T + _scatter(prior.moments, known) * scatter
+    return Prior(noise, (found + found.T) / 2, noisy=prior.noisy)
+
+
+def _scatter(measured: Array, expected: Array) -> float:
+    """By how much outputs scatter more than expected about what the others tell: the median over measured steps."""
+    ratios = []
+    for step in range(1, len(measured) - 1):
+        rest = [k for k in range(len(measured)) if k != step]
+        weights = np.linalg.solve(expected[np.ix_(rest, rest)], expected[rest, step])
+        change = np.insert(-weights, step, 1.0)
+        ratios.append(max(float(change @ measured @ change), 1e-12) / max(float(change @ expected @ change), 1e-12))
+    return float(np.clip(np.median(ratios), 1e-4, 10.0)) if ratios else 1.0
 
 
 def moments(

@@ -50,7 +50,7 @@ class Denoiser:
         scheduler: Any = None,
         prediction: Prediction | None = None,
         options: dict[str, Any] | None = None,
-        calibration: Calibration | Lesson | Prior | str | Path | Literal["auto", False] | None = None,
+        calibration: Calibration | Lesson | Prior | str | Path | Literal["auto", "online", False] | None = None,
         **overrides: Any,
     ) -> None:
         """
@@ -67,7 +67,7 @@ class Denoiser:
                 "velocity", or "raw" (anything else; the default with `scheduler`).
             options: further keyword arguments that the sampler will be called with, as far as they change its steps.
             calibration: what `speca.calibrate` found, its file, or a `Prior`; "auto" to compute the first run in full
-                and learn from it, for this object.
+                and learn from it, for this object, "online" to compute every third step of it.
             **overrides: any field of `SpecaConfig`, such as `speedup` or `tolerance`.
 
         Raises:
@@ -80,9 +80,10 @@ class Denoiser:
                 "preset 'paper' checks drafts with a block of the model, and a Denoiser does not look inside it; "
                 "use speca.enable(module, 'paper', scheduler=...), or another preset."
             )
-        auto = calibration == "auto"
+        auto = calibration in ("auto", "online")
         self.model, self.config = model, config
-        self.knowledge = Knowledge(None if auto else known_from(calibration), PriorCache(None) if auto else None)
+        known = None if auto else known_from(calibration)
+        self.knowledge = Knowledge(known, PriorCache(None) if auto else None, in_full=calibration != "online")
         self.prediction: Prediction = prediction or ("raw" if scheduler is not None else "denoised")
         if self.prediction not in ("denoised", "noise", "velocity", "raw"):
             valid = nearest(str(prediction), ("denoised", "noise", "velocity", "raw"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,9 @@ ELEMENTS, IN_ALL = 16_384, 65_536
 class Recorder:
     """Gathers outputs of a run of T steps, some elements of each, on the device where they are."""
 
-    def __init__(self, total: int) -> None:
-        """`total` is the number of steps T."""
-        self.total = total
+    def __init__(self, total: int, guided: bool = True) -> None:
+        """`total` is the number of steps T; `guided` says whether outputs that guidance has made are taken."""
+        self.total, self._takes_guided = total, guided
         count = min(total, STEPS)
         self.steps = sorted({round(k * (total - 1) / max(1, count - 1)) for k in range(count)})
         self.elements = 0  # of an output of the first step
@@ -32,6 +34,8 @@ class Recorder:
     def add(self, step: int, output: Tensor, guided: bool = False) -> None:
         """Keep what is needed of the output (B, ...) of a call at `step`; the calls of a step come in the same order
         at every step. Once an output is `guided`, made of those of all branches, only such ones count."""
+        if guided and not self._takes_guided:
+            return
         if guided and not self.guided:
             self._kept, self.guided = {s: [] for s in self.steps}, True
         if step in self._kept and guided == self.guided:
@@ -41,6 +45,11 @@ class Recorder:
             if count < flat.shape[1]:
                 flat = flat[:, torch.linspace(0, flat.shape[1] - 1, count, device=flat.device).long()]
             self._kept[step].append(flat.float().clone() if flat.dtype is torch.float32 else flat.float())
+
+    def restrict(self, steps: Sequence[int]) -> None:
+        """Look at some steps only, the first among them."""
+        self.steps = sorted(steps)
+        self._kept = {step: self._kept.get(step, []) for step in self.steps}
 
     @property
     def complete(self) -> bool:

@@ -12,7 +12,7 @@ from ..calibration.file import fitted, prior_of
 from ..calibration.knowledge import Kind, Knowledge
 from ..config import MIN_STEPS, SpecaConfig
 from ..core.controller import ACCEPTED, Plan, Planner, Record
-from ..core.generic import generic
+from ..core.generic import filled, generic
 from ..core.placement import COARSE, LEAST, cheapest, even, place
 from ..core.prior import DEPTH, Prior
 from ..core.transition import Transition
@@ -24,6 +24,9 @@ from .executor import Executor
 from .learning import LEAST as FEWEST
 from .learning import Recorder
 from .player import Call, Player
+
+CAREFUL = 3.0
+"""Budget of a run that is learnt from though not every step is computed."""
 
 DOUBT, DOUBT_IN_BUDGET = 6.0, 20.0
 """Mean surprise of the full steps so far, one without surprise counted in, above which a prior is done without; more
@@ -83,7 +86,7 @@ class Run:
         kept = max(DEPTH, config.anchors) if self._uses_prior else config.anchors
         self.player = Player(self.planner, response.transitions, total, self.executor, self.costs, kept)
         if self._uses_prior and self.knowledge.learns and total >= FEWEST:
-            self.player.recorder = Recorder(total)
+            self.player.recorder = Recorder(total, self.knowledge.in_full)
         if response.note and not self.idle:
             self.note(f"{response.note}.")
 
@@ -212,6 +215,8 @@ class Run:
                 "forecast; speedup= sets a budget."
             )
         self._place(self.records, 0)
+        if self.learning and recorder is not None and (placed := self.records[0].placement) is not None:
+            recorder.restrict(tuple(placed))
 
     def _find(self, recorder: Recorder | None) -> Prior | None:
         """What is known of the outputs of this run; the notes say why a calibration is not used."""
@@ -231,11 +236,12 @@ class Run:
         return generic(noise, steps) if self.config.prior == "generic" else None
 
     def _adapted(self) -> SpecaConfig:
-        """The settings as the planner follows them: all steps in full of a run that is learnt from; as the sampler with
-        so many steps where a budget is small and nothing is known."""
+        """The settings as the planner follows them: all steps in full of a run that is learnt from, or every third; as
+        the sampler with so many steps where a budget is small and nothing is known."""
         c = self.config
         if self.learning:
-            return dataclasses.replace(c, tolerance=0.0, speedup=0.0, schedule=())
+            speedup = 0.0 if self.knowledge.in_full else min(c.speedup or CAREFUL, CAREFUL)
+            return dataclasses.replace(c, tolerance=0.0, speedup=speedup, schedule=())
         alone, budget = self.prior is None and not c.tolerance and not c.schedule, Planner(c).budget(self.total)
         if c.speedup and alone and budget < COARSE:
             self.note(
@@ -255,7 +261,7 @@ class Run:
     def _placement(self, begin: int, spent: int, measured: bool) -> frozenset[int] | None:
         """The full steps from step `begin` on where they are chosen beforehand: by a prior within tolerance and what is
         left of the budget, or evenly where there is only a budget; None where they are planned on the way."""
-        c, steps, rest = self.config, self.response.transitions, self.total - begin
+        c, steps, rest = self.planner.config, self.response.transitions, self.total - begin
         if c.schedule or self.planner.exact or rest <= 0:
             return None
         left = min(rest, max(1, self.planner.budget(self.total) - spent))
@@ -284,8 +290,9 @@ class Run:
             self.knowledge.give_up(self._kind)
             self.note("nothing could be learnt from this run: its steps differ in their calls.")
         else:
-            noisy = self.response.transitions[0].noisy
-            self.knowledge.learn(self._kind, Prior(tuple(noise[s] for s in recorder.steps), moments, noisy=noisy))
+            steps = self.response.transitions
+            found = Prior(tuple(noise[s] for s in recorder.steps), moments, noisy=steps[0].noisy)
+            self.knowledge.learn(self._kind, found if self.knowledge.in_full else filled(found, noise, steps))
         self.player.recorder, self.learning = None, False
 
     def _watch(self, branch: Branch, step: int) -> None:

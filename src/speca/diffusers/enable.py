@@ -32,7 +32,14 @@ def enable(
     *,
     scheduler: Any = None,
     num_inference_steps: int | None = None,
-    calibration: Calibration | Lesson | Prior | Knowledge | str | Path | Literal["auto", False] | None = "auto",
+    calibration: Calibration
+    | Lesson
+    | Prior
+    | Knowledge
+    | str
+    | Path
+    | Literal["auto", "online", False]
+    | None = "auto",
     time: str | None = None,
     branches: int = 1,
     **overrides: Any,
@@ -55,7 +62,8 @@ def enable(
         num_inference_steps: for a single model without scheduler, the number of its calls in a run, at least 4.
         calibration: what is known of the model. "auto": the calibration in the folder that the pipeline came from,
             `speca.json`, if it is there and fits; else what earlier runs on this machine have taught; else the first
-            run is computed in full, and later ones use what it shows (docs/method.md). None: the same without
+            run is computed in full, and later ones use what it shows (docs/method.md). "online": the same, but of
+            that first run every third step is computed, which teaches a little less. None: the same without
             learning. False: nothing. Or what `speca.calibrate` found, its file, or a `Prior`. A calibration gives the
             tolerance too, for a preset without `tolerance` or `speedup`.
         time: for a single model, the name of the argument that carries the time, if it is none of the usual ones; one
@@ -193,12 +201,16 @@ def _accelerated(target: Any) -> list[tuple[nn.Module, Accelerator]]:
 def _knowledge(calibration: Any, target: Any, models: list[nn.Module]) -> Knowledge:
     """What is known of the models: the calibration that was given, which has to fit, or the one that the pipeline came
     with, and what this machine has learnt."""
-    if calibration is None or calibration == "auto":
+    if calibration is None or calibration in ("auto", "online"):
         folder = default_folder() if calibration else None
         known = Calibration.beside(target)
         if not calibration or folder is None:
             return Knowledge(known)
-        return Knowledge(known, PriorCache(folder), lambda: "-".join(fingerprint(bare(model)) for model in models))
+
+        def weights() -> str:
+            return "-".join(fingerprint(bare(model)) for model in models)
+
+        return Knowledge(known, PriorCache(folder), weights, in_full=calibration == "auto")
     if isinstance(calibration, Knowledge):
         return calibration
     found = known_from(calibration)
