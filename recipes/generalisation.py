@@ -7,8 +7,8 @@
 Each model is run with one of the samplers that its kind has, in turn, or with all (`--every`), at 20, 28, 50 and 100
 steps. At equal numbers of full steps stand: the same sampler with so many steps, the best of higher-order solvers with
 so many steps, first-order forecasts of the output without corrections at even steps and at steps searched on other
-seeds (Taylor-1), `speca` knowing nothing, and `speca` after one full run of another seed. Signal to error in dB to the
-sampler's own full run.
+seeds (Taylor-1), `speca` knowing nothing, after a run of another seed of which every third step was computed (online),
+and after one full run of that seed. Signal to error in dB to the sampler's own full run.
 """
 
 from __future__ import annotations
@@ -208,6 +208,8 @@ def cells(subject: Subject, steps: int) -> list[dict[str, Any]]:
     calls, flow = len(transitions), all(abs(t.jacobian) < STRAIGHT for t in transitions)
     with speca.calibrating(plain) as lesson:
         subject.draw([LEARNT_FROM], steps, plain)
+    online = subject.denoiser(steps, {"calibration": "online"})
+    subject.draw([LEARNT_FROM], steps, online)
     rows = []
     for full in dict.fromkeys(calls // ratio for ratio in RATIOS):
         if full < FEWEST:
@@ -223,6 +225,7 @@ def cells(subject: Subject, steps: int) -> list[dict[str, Any]]:
             "Taylor-1, searched": accelerated(taylor(searched(subject, steps, calls, full, flow))),
             "nothing known": accelerated(budget),
             "one run": accelerated({**budget, "calibration": lesson}),
+            "online": accelerated({**budget, "calibration": shown_to(online)}),
         }
         solvers = [decibels(subject.draw(REPORTED, full, None, name), whole) for name in subject.solvers]
         found["best solver"] = max([found["fewer steps"], *solvers], key=lambda values: float(np.median(values)))
@@ -231,6 +234,14 @@ def cells(subject: Subject, steps: int) -> list[dict[str, Any]]:
             | {name: [float(np.median(v)), float(np.quantile(v, 0.05))] for name, v in found.items()}
         )
     return rows
+
+
+def shown_to(denoise: speca.Denoiser) -> Any:
+    """What a denoiser has learnt by itself, as a calibration of another one; False if nothing."""
+    run = denoise.last
+    noise, transitions = run.response.noise, run.response.transitions
+    found = run.knowledge.find(run.kind, noise, transitions) if run.kind is not None else None
+    return False if found is None else found
 
 
 RIVALS = ("fewer steps", "best solver", "Taylor-1, even", "Taylor-1, searched")
@@ -278,7 +289,7 @@ def summary(title: str, rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"## {title}", "", f"{len(rows)} cells.", ""]
     lines += ["| | against | mean gain | wins | losses | worst | P5: mean | losses > 1 dB | worst |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for ours in ("nothing known", "one run"):
+    for ours in ("nothing known", "online", "one run"):
         for rival in RIVALS:
             gains = np.array([np.subtract(row[ours], row[rival]) for row in rows])
             (m, p), (worst, low) = gains.mean(0), gains.min(0)

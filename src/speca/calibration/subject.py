@@ -14,7 +14,7 @@ from ..core.prior import Prior
 from ..denoiser.denoiser import Denoiser
 from ..diffusers.companions import bare
 from ..diffusers.components import denoisers_of
-from ..errors import InputError
+from ..errors import InputError, NotEnabledError
 from ..reports.measure import generate, joined, run_once, split
 from ..reports.report import Report
 from .knowledge import Knowledge, Learner
@@ -93,7 +93,7 @@ class LoopSubject:
         learner, response = Learner(), self.denoise.response
         with self._settings(SpecaConfig(), learner):
             images = torch.cat([self._drawn(part) for part in self._parts()])
-            report = self.denoise.report() if self.denoise.started else None
+            report = self._report()
         self._scale = float(images.max() - images.min()) or 1.0
         return recorded(learner, response, images / self._scale, report)
 
@@ -102,6 +102,12 @@ class LoopSubject:
         with self._settings(config, Knowledge(prior)):
             samples = torch.cat([self._drawn(part) for part in self._parts()])
             return samples / self._scale, self.denoise.report()
+
+    def _report(self) -> Report | None:
+        try:
+            return self.denoise.report()
+        except NotEnabledError:  # the loop did not call the denoiser
+            return None
 
     @contextmanager
     def _settings(self, config: SpecaConfig, knowledge: Knowledge) -> Iterator[None]:

@@ -111,9 +111,11 @@ class Denoiser:
         return str(getattr(self._sampler, "__name__", type(self._sampler).__name__))
 
     @property
-    def started(self) -> bool:
-        """Whether a run has begun, now or before."""
-        return self._run is not None
+    def last(self) -> Run:
+        """The run that is under way, or the last one. Raises `NotEnabledError` if nothing has run yet."""
+        if self._run is None:
+            raise NotEnabledError("nothing has run yet; call the sampler first, then ask for the report.")
+        return self._run
 
     @property
     def response(self) -> Response:
@@ -168,9 +170,7 @@ class Denoiser:
         Raises:
             NotEnabledError: nothing has run yet.
         """
-        if self._run is None:
-            raise NotEnabledError("nothing has run yet; call the sampler first, then ask for the report.")
-        return self._run.report(self.name)
+        return self.last.report(self.name)
 
     def reset(self) -> None:
         """End the run that is under way, as after a loop that was broken off; the next call begins a new one."""

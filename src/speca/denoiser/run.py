@@ -45,7 +45,8 @@ class Run:
         costs: what the calls have cost.
         planner: chooses the full steps; by default as `config` describes.
         prior: what is known of the outputs beforehand, from the second step on; None if nothing is.
-        learning: whether every step is computed, to learn from the run.
+        learning: whether the run is learnt from.
+        kind: the kind of its calls, known from the second step on where a prior may be used.
         player: answers the calls whose outputs are forecast.
         branches: by name, for instance "cond".
         notes: what the user should know of this run.
@@ -73,7 +74,7 @@ class Run:
         self.planner = planner or Planner(config)
         self.learning = False
         self._settled = self._measured = self._doubted = False
-        self._kind: Kind | None = None
+        self.kind: Kind | None = None
         known = self.knowledge.given is not None or self.knowledge.learns
         uses = bool(
             (config.prior == "generic" or (config.prior == "measured" and known))
@@ -174,8 +175,8 @@ class Run:
         """Drop all outputs that are kept; the records stay for the report."""
         self.learn()
         over = any(branch.last == self.total - 1 for branch in self.branches.values())
-        if self.learning and over and self._kind is not None:
-            self.knowledge.give_up(self._kind)  # the last step came, and yet there was nothing to learn from
+        if self.learning and over and self.kind is not None:
+            self.knowledge.give_up(self.kind)  # the last step came, and yet there was nothing to learn from
             self.note("nothing could be learnt from this run: its steps differ in their calls.")
         self.player.recorder, self.learning = None, False
         for branch in self.branches.values():
@@ -198,8 +199,8 @@ class Run:
         self._settled = True
         recorder, self.player.recorder = self.player.recorder, None
         known = self._find(recorder) if self._uses_prior else None
-        if self._kind is not None and known is None and self.config.prior != "generic" and recorder is not None:
-            self.learning = self.knowledge.teaches(self._kind)
+        if self.kind is not None and known is None and self.config.prior != "generic" and recorder is not None:
+            self.learning = self.knowledge.teaches(self.kind)
         if self.learning:
             self.player.recorder = recorder
             if self.knowledge.lesson:
@@ -223,9 +224,9 @@ class Run:
         steps, noise = self.response.transitions, self.response.noise
         calls = [branch for branch in self.branches.values() if branch.last == 0]
         size = recorder.elements if recorder is not None else 0
-        self._kind = Kind(tuple(len(b.records[0].rows) for b in calls), round(math.log2(size)) if size else 0)
-        found = self.knowledge.find(self._kind, noise, steps)
-        if found is not self.knowledge.given and (why := self.knowledge.why_not(self._kind, noise, steps)):
+        self.kind = Kind(tuple(len(b.records[0].rows) for b in calls), round(math.log2(size)) if size else 0)
+        found = self.knowledge.find(self.kind, noise, steps)
+        if found is not self.knowledge.given and (why := self.knowledge.why_not(self.kind, noise, steps)):
             self.note(f"the calibration is not used: {why}.")
         self._measured = found is not None
         if found is not None:
@@ -283,16 +284,16 @@ class Run:
     def learn(self) -> None:
         """Keep what the run has shown, once its last step has had all its calls. Harmless at any time."""
         recorder = self.player.recorder
-        if not self.learning or recorder is None or not recorder.complete or self._kind is None:
+        if not self.learning or recorder is None or not recorder.complete or self.kind is None:
             return
         moments, noise = recorder.moments(), self.response.noise
         if moments is None:
-            self.knowledge.give_up(self._kind)
+            self.knowledge.give_up(self.kind)
             self.note("nothing could be learnt from this run: its steps differ in their calls.")
         else:
             steps = self.response.transitions
             found = Prior(tuple(noise[s] for s in recorder.steps), moments, noisy=steps[0].noisy)
-            self.knowledge.learn(self._kind, found if self.knowledge.in_full else filled(found, noise, steps))
+            self.knowledge.learn(self.kind, found if self.knowledge.in_full else filled(found, noise, steps))
         self.player.recorder, self.learning = None, False
 
     def _watch(self, branch: Branch, step: int) -> None:
@@ -315,9 +316,9 @@ class Run:
             "without it."
         )
         most = 2 * sum(not record.measured for record in branch.records) > len(branch.records)
-        if most and not self._doubted and self._kind is not None:
+        if most and not self._doubted and self.kind is not None:
             self._doubted = True
-            self.knowledge.doubt(self._kind)
+            self.knowledge.doubt(self.kind)
 
 
 @lru_cache(maxsize=64)  # the same object for the same steps, so that its placements are found once
