@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,3 +116,23 @@ def test_a_lora_and_its_scale_are_part_of_a_fingerprint() -> None:
     model.disable_adapters()
     found.append(fingerprint(model))
     assert len(set(found)) == 4
+
+
+class Sealed(torch.Tensor):
+    """A tensor that hands out no element, as some quantized and sharded ones."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__:
+            raise NotImplementedError("no element of it")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_weights_that_cannot_be_looked_at_count_by_shape() -> None:
+    def model(size: int) -> nn.Module:
+        made = nn.Linear(size, 2)
+        made.weight = nn.Parameter(torch.randn(2, size).as_subclass(Sealed), requires_grad=False)
+        made.bias.data.zero_()
+        return made
+
+    assert fingerprint(model(3)) == fingerprint(model(3)) != fingerprint(model(4))

@@ -61,9 +61,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in model.named_parameters():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         if value.device.type != "meta" and value.numel():
-            flat = value.detach().reshape(-1)
-            places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat))).long()
-            found.setdefault(value.device, []).append(flat[places.to(value.device)].double())
+            found.setdefault(value.device, []).append(_some_of(value))
     for parts in found.values():
         digest.update(torch.cat(parts).cpu().numpy().tobytes())
     for name, module in model.named_modules():
@@ -71,6 +69,16 @@ def fingerprint(model: nn.Module) -> str:
             state = module.scaling, getattr(module, "active_adapters", None), getattr(module, "disable_adapters", None)
             digest.update(f"{name}{state}".encode())
     return digest.hexdigest()[:20]
+
+
+def _some_of(parameter: Tensor) -> Tensor:
+    """A few elements of a parameter; none of a kind of tensor, quantized or sharded, that does not hand them out."""
+    try:
+        flat = parameter.detach().reshape(-1)
+        places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat))).long()
+        return flat[places.to(parameter.device)].double()
+    except Exception:  # whatever such a tensor raises; its shape and type count all the same
+        return torch.zeros(0, dtype=torch.float64, device=parameter.device)
 
 
 class PriorCache:
