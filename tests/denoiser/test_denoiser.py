@@ -269,3 +269,45 @@ def test_a_sampler_that_adds_noise_says_that_a_tolerance_forecasts_little() -> N
         denoise = speca.Denoiser(Toy(), sampler=SAMPLERS[name], sigmas=KARRAS, **settings)  # type: ignore[arg-type]
         run(SAMPLERS[name], denoise, noise())
         assert sum("adds noise at each step" in note for note in denoise.report().notes) == said
+
+
+class Conditioned(Toy):
+    """A toy whose outputs depend on a tensor that it is given."""
+
+    def __call__(self, x: Tensor, sigma: Any, shift: Tensor | None = None, **more: Any) -> Tensor:
+        found = super().__call__(x, sigma)
+        return found if shift is None else found + shift
+
+
+@pytest.mark.parametrize("how", ["another tensor", "written to", "told", "equal values"])
+def test_conditions_that_change_in_mid_run_begin_anew_within_the_budget(how: str) -> None:
+    shift, calls = torch.zeros(1), 0
+
+    def sampler(denoise: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+        nonlocal shift, calls
+        for here, there in itertools.pairwise(sigmas):
+            calls += 1
+            if calls == 12 and how == "another tensor":
+                shift = shift + 1
+            elif calls == 12 and how == "written to":
+                shift += 1
+            elif calls == 12 and how == "told" and isinstance(denoise, speca.Denoiser):
+                denoise.restart()
+            elif how == "equal values":
+                shift = shift.clone()
+            x = x + (there - here) * (x - denoise(x, here, shift=shift)) / here
+        return x
+
+    model = Conditioned()
+    sigmas = torch.linspace(10, 0.1, 25)
+    denoise = speca.Denoiser(model, sampler=sampler, sigmas=sigmas, speedup=3)
+    assert len(denoise.response.times) == 24
+    calls = 0
+    sampler(denoise, noise(2) * 10, sigmas)
+    (done, _) = (s.decisions for s in denoise.report().samples)
+    assert done.count("F") == 8
+    assert any("conditions changed" in note for note in denoise.report().notes) == (
+        how in ("another tensor", "written to")
+    )
+    if how != "equal values":
+        assert done[11] == "F" and done[12:].count("F") >= 2

@@ -4,7 +4,7 @@ models that shapes cannot tell, as data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -65,6 +65,57 @@ def sample_name(arguments: Mapping[str, Any], time: str | None) -> str | None:
 
 def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 1
+
+
+class Conditions:
+    """Notices where what a model is conditioned on changes in mid-run.
+
+    What differs between the first two calls of a run is taken to differ at every call, and is not looked at.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[Tensor, int]] | None = None
+        self._varying: set[str] | None = None
+
+    def changed(self, arguments: Mapping[str, Any]) -> bool:
+        """Return whether tensors among the arguments of a call are others than at the call before.
+
+        The same tensor, not written to since, is the same; so is another one of equal values, which are compared.
+        """
+        now = {name: (tensor, _version(tensor)) for name, tensor in _tensors(arguments)}
+        before, self._last = self._last, now
+        if before is None:
+            return False
+        differ = set(before.keys() ^ now.keys())
+        differ |= {name for name in before.keys() & now.keys() if not _same(before[name], now[name])}
+        if self._varying is None:
+            self._varying = differ
+        return bool(differ - self._varying)
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in dictionaries, lists and tuples, with where they are."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _tensors(inner, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for place, inner in enumerate(value):
+            yield from _tensors(inner, f"{name}.{place}")
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _same(before: tuple[Tensor, int], now: tuple[Tensor, int]) -> bool:
+    (old, version), (new, later) = before, now
+    if old is new:
+        return version == later
+    alike = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    return alike and bool((old == new).all())
 
 
 def kind_of(arguments: dict[str, Any], time: str | None) -> object:

@@ -20,6 +20,7 @@ from ..reports.report import Report
 from ..sampler.function import Prediction, Sampler, broadcast, from_output, function_response, to_output
 from ..sampler.response import Response
 from ..sampler.scheduler import scheduler_response
+from .arguments import Conditions
 from .partial import PartialCalls
 from .player import Call
 from .rows import Invocation
@@ -97,6 +98,7 @@ class Denoiser:
         self._run: Run | None = None
         self._step = 0
         self._lost = False
+        self._conditions = Conditions()
 
     @property
     def name(self) -> str:
@@ -141,6 +143,11 @@ class Denoiser:
             return invocation()
         step, self._step = self._step, self._step + 1
         run.missed(step)
+        if self._conditions.changed({**more, **kwargs}):
+            self.restart()
+            run.note(
+                "conditions changed in mid-run; the next step was computed and the rest of the budget placed anew."
+            )
         computed: list[Any] = []
 
         def evaluate(some: Sequence[int] | None) -> Any:
@@ -172,11 +179,17 @@ class Denoiser:
         """
         return self.last.report(self.name)
 
+    def restart(self) -> None:
+        """Tell that what the model is conditioned on changes before the next call of a run, where tensors among its
+        arguments do not show it: the next step is computed, and what is left of the budget is placed anew."""
+        if self._run is not None:
+            self._run.restart()
+
     def reset(self) -> None:
         """End the run that is under way, as after a loop that was broken off; the next call begins a new one."""
         if self._run is not None:
             self._run.end()
-        self._step, self._lost = 0, False
+        self._step, self._lost, self._conditions = 0, False, Conditions()
 
     def _run_at(self, level: Tensor) -> Run | None:
         """The run that a call at this sigma belongs to, begun if need be; None for a call that is run plainly."""
