@@ -271,14 +271,6 @@ def test_a_sampler_that_adds_noise_says_that_a_tolerance_forecasts_little() -> N
         assert sum("adds noise at each step" in note for note in denoise.report().notes) == said
 
 
-class Conditioned(Toy):
-    """A toy whose outputs depend on a tensor that it is given."""
-
-    def __call__(self, x: Tensor, sigma: Any, shift: Tensor | None = None, **more: Any) -> Tensor:
-        found = super().__call__(x, sigma)
-        return found if shift is None else found + shift
-
-
 @pytest.mark.parametrize("how", ["another tensor", "written to", "told", "equal values"])
 def test_conditions_that_change_in_mid_run_begin_anew_within_the_budget(how: str) -> None:
     shift, calls = torch.zeros(1), 0
@@ -298,9 +290,8 @@ def test_conditions_that_change_in_mid_run_begin_anew_within_the_budget(how: str
             x = x + (there - here) * (x - denoise(x, here, shift=shift)) / here
         return x
 
-    model = Conditioned()
     sigmas = torch.linspace(10, 0.1, 25)
-    denoise = speca.Denoiser(model, sampler=sampler, sigmas=sigmas, speedup=3)
+    denoise = speca.Denoiser(Toy(), sampler=sampler, sigmas=sigmas, speedup=3)
     assert len(denoise.response.times) == 24
     calls = 0
     sampler(denoise, noise(2) * 10, sigmas)
