@@ -109,7 +109,7 @@ def test_rows_are_independent_and_memory_is_counted() -> None:
     assert torch.equal(other.observe([1], out[1:], LINE[:1], [0.1], [[0]]), surprise[1:])
     (alone,), _ = other.correction([1], out[1:], omega[:1], step, surprise[1:], [0.1])
     torch.testing.assert_close(alone, both[1:])
-    assert kept.bytes() == 2 * (2 + 1) * 4  # rows x (kept outputs + drift) x fp32
+    assert kept.bytes() == 2 * (2 + 1 + 1) * 4  # rows x (kept outputs + drift + gain) x fp32
     kept.add_full([1], out[1:])
     assert [len(d) for d in kept.drafts] == [3, 0]
 
@@ -120,7 +120,7 @@ def test_memory_has_its_place_from_the_first_full_step_on() -> None:
         kept = Corrector(2, 2, memory=memory)
         assert kept.bytes() == 0
         kept.add_full([0, 1], torch.zeros(2, 5))
-        assert kept.bytes() == (2 + buffers) * 2 * 5 * 4
+        assert kept.bytes() == ((2 + buffers) * 5 + (memory > 0)) * 2 * 4
 
 
 def test_forecasts_are_made_of_outputs_as_they_are_at_the_corrected_sample() -> None:
@@ -161,7 +161,7 @@ def test_pending_corrections_are_taken_at_once_and_the_rest_bit_by_bit() -> None
         lacking = advance(lacking, TWO_STEP, -added[-1])
         assert lacking[0] == pytest.approx(0, abs=1e-6)
     assert abs(added[-1]) < 0.01 * abs(added[0]) and added[1] * added[0] != 0
-    assert kept.bytes() == (2 + 2 + 2) * 2 * 3 * 4  # (kept outputs + (drift + pending) x two samples) x rows x fp32
+    assert kept.bytes() == ((2 + 2 + 2) * 3 + 1) * 2 * 4  # (kept outputs + (drift + pending) x two samples) x rows x fp32
 
 
 def test_an_inert_step_leaves_corrections_pending() -> None:

@@ -109,7 +109,7 @@ class Corrector:
         with 0 nothing is corrected and outputs are only kept."""
         self.memory = memory
         self.history = History(depth, rows, torch.float32)
-        self.gain: Tensor | None = None  # (B,) by which forecasts leave the last output, None before the first
+        self.gain: Tensor | None = None  # (B,) by which forecasts leave the last output; None if nothing is corrected
         self.drafts: list[list[Draft]] = [[] for _ in range(rows)]  # since each row's last full step
         # p tensors (B, ...): how much those drafts have changed the samples from here on, and corrections of these
         # samples that are not applied yet.
@@ -204,8 +204,7 @@ class Corrector:
         missed = (known - self.forecast(rows, weights)).flatten(1).square().mean(1)
         share = (change * wanted).sum(1) / change.square().sum(1).clamp(min=1e-30)
         share = share.nan_to_num(0.0).clamp(0, 1)[on_device(together, output.device)].amin(1)
-        if self.gain is None:
-            self.gain = torch.ones(len(self.drafts), device=output.device)
+        assert self.gain is not None  # a full step came before the drafts
         gains = [self.gain]
         self._put(gains, rows, [torch.lerp(self._of(gains, rows)[0], share, ADAPT)])
         self.gain = gains[0]
@@ -251,6 +250,8 @@ class Corrector:
         """Keep `output` (n, ...) of a full step, plus `change`, as the newest of `rows`; their drafts begin anew."""
         self.history.push(rows, [output.float() if change is None else output.float() + change])
         if not self._drift:
+            if self.memory:
+                self.gain = torch.ones(len(self.drafts), device=output.device)
             shape = (len(self.drafts), *output.shape[1:])
             self._drift = [output.new_zeros(shape, dtype=torch.float32) for _ in range(self.memory)]
         else:
@@ -277,7 +278,8 @@ class Corrector:
 
     def bytes(self) -> int:
         """Return the bytes held, all rows together."""
-        sums = (t.numel() * t.element_size() for t in (*self._drift, *self._pending))
+        gain = [] if self.gain is None else [self.gain]
+        sums = (t.numel() * t.element_size() for t in (*self._drift, *self._pending, *gain))
         return self.history.bytes() + sum(sums)
 
 
