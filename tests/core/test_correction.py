@@ -161,7 +161,9 @@ def test_pending_corrections_are_taken_at_once_and_the_rest_bit_by_bit() -> None
         lacking = advance(lacking, TWO_STEP, -added[-1])
         assert lacking[0] == pytest.approx(0, abs=1e-6)
     assert abs(added[-1]) < 0.01 * abs(added[0]) and added[1] * added[0] != 0
-    assert kept.bytes() == ((2 + 2 + 2) * 3 + 1) * 2 * 4  # (kept outputs + (drift + pending) x two samples) x rows x fp32
+    assert (
+        kept.bytes() == ((2 + 2 + 2) * 3 + 1) * 2 * 4
+    )  # (kept outputs + (drift + pending) x two samples) x rows x fp32
 
 
 def test_an_inert_step_leaves_corrections_pending() -> None:
