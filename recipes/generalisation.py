@@ -206,7 +206,7 @@ def cells(subject: Subject, steps: int) -> list[dict[str, Any]]:
     if not transitions:
         return []
     calls, flow = len(transitions), all(abs(t.jacobian) < STRAIGHT for t in transitions)
-    with speca.calibrating(plain) as lesson:
+    with speca.calibrating(plain) as pending:
         subject.draw([LEARNT_FROM], steps, plain)
     online = subject.denoiser(steps, {"calibration": "online"})
     subject.draw([LEARNT_FROM], steps, online)
@@ -224,14 +224,14 @@ def cells(subject: Subject, steps: int) -> list[dict[str, Any]]:
             "Taylor-1, even": accelerated(taylor(tuple(sorted({*even(calls, full, flow), 1})))),
             "Taylor-1, searched": accelerated(taylor(searched(subject, steps, calls, full, flow))),
             "nothing known": accelerated(budget),
-            "one run": accelerated({**budget, "calibration": lesson}),
+            "one run": accelerated({**budget, "calibration": pending}),
             "online": accelerated({**budget, "calibration": shown_to(online)}),
         }
         solvers = [decibels(subject.draw(REPORTED, full, None, name), whole) for name in subject.solvers]
         found["best solver"] = max([found["fewer steps"], *solvers], key=lambda values: float(np.median(values)))
         rows.append(
             {"model": subject.name, "sampler": subject.sampler, "steps": steps, "full": full, "calls": calls}
-            | {name: [float(np.median(v)), float(np.quantile(v, 0.05))] for name, v in found.items()}
+            | {name: [round(float(np.quantile(v, q)), 2) for q in (0.5, 0.05)] for name, v in found.items()}
         )
     return rows
 

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import torch
 
 import speca
 import tiny
@@ -142,3 +143,20 @@ def test_one_run_is_enough_to_calibrate(tmp_path: Path, monkeypatch: pytest.Monk
     report = speca.report(case.pipe)
     assert report.samples[0].full == 5 and not report.notes
     assert frozenset(i for i, d in enumerate(report.samples[0].decisions) if d == "F") == set(found.prior.placed[5])
+
+
+def test_arguments_without_a_prompt_are_filled_up_and_others_are_left_alone() -> None:
+    case = tiny.dit()
+    found = speca.calibrate(case.pipe, num_inference_steps=16, speedups=(4,))
+    assert found.steps == 16 and len(found.output) == 1
+    with pytest.raises(speca.InputError, match="draws the noise of its samples itself"):
+        speca.calibrate(case.pipe, class_labels=[1], generator=torch.Generator())
+    pipe = diffusers.DDIMPipeline(
+        tiny.randomised(diffusers.UNet2DModel(
+            sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 8),
+            norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        )),
+        diffusers.DDIMScheduler(clip_sample=False),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    assert speca.calibrate(pipe, num_inference_steps=16, speedups=(4,)).steps == 16, "it takes no condition"

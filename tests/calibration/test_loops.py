@@ -70,12 +70,12 @@ def test_a_run_inside_calibrating_is_learnt_from() -> None:
     denoise, x = denoiser(speedup=4), noise(list(range(8)))
     full = euler(velocity, x, TIMES)
     blind = (euler(denoise, x, TIMES) - full).norm()
-    with speca.calibrating(denoise) as lesson:
+    with speca.calibrating(denoise) as pending:
         with pytest.raises(speca.InputError, match="nothing was learnt"):
-            _ = lesson.calibration
+            _ = pending.calibration
         drawn = euler(denoise, noise([100]), TIMES)
     assert torch.equal(drawn, euler(velocity, noise([100]), TIMES)), "every step was computed"
-    ours = denoiser(speedup=4, calibration=lesson)
+    ours = denoiser(speedup=4, calibration=pending)
     assert (euler(ours, x, TIMES) - full).norm() < blind and ours.report().samples[0].full == STEPS // 4
     assert (euler(denoise, x, TIMES) - full).norm() == blind, "its own settings are back"
     with speca.calibrating(denoise) as nothing:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from speca.core.correction import polynomial
-from speca.core.generic import filled, generic
+from speca.core.generic import blended, filled, generic
 from speca.core.placement import place
 from speca.core.prior import Prior
 from speca.core.transition import Transition
@@ -118,3 +118,18 @@ def test_a_prior_of_some_steps_is_filled_where_the_sampler_puts_the_others() -> 
     assert found.noise == response.noise
     np.testing.assert_allclose(found.moments[np.ix_(some, some)], measured.moments, rtol=1e-3)
     np.testing.assert_allclose(found.moments, 1.7 * truth.moments, rtol=2e-2)
+
+
+def test_a_blended_prior_keeps_mean_squares_and_is_less_sure_of_the_rest() -> None:
+    """Outputs that one run shows to be exactly equal are not taken to be so."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(20)
+    response = scheduler_response(scheduler)
+    equal = Prior(response.noise, np.ones((20, 20)) + 1e-9 * np.eye(20))
+    found = blended(equal, response.transitions)
+    np.testing.assert_allclose(np.diag(found.moments), 1.0)
+    other = generic(response.noise, response.transitions)
+    assert other is not None
+    scale = 1 / np.sqrt(np.diag(other.moments))
+    np.testing.assert_allclose(found.moments, 0.99 * equal.moments + 0.01 * scale[:, None] * other.moments * scale)
+    assert found.innovation([0], 19) > 100 * equal.innovation([0], 19)

@@ -84,3 +84,22 @@ def test_plain_values_and_back() -> None:
 def test_what_is_no_prior_is_refused(moments: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="no prior of 20 steps"):
         Prior(AXIS, moments)
+
+
+def test_a_prior_covers_runs_whose_steps_lie_between_its_own() -> None:
+    prior = Prior(tuple(np.linspace(1.0, 0.02, 50)), np.eye(50) + 1.0)
+    assert (
+        prior.covers(prior.noise) and prior.covers(prior.noise[::2]) and prior.covers(tuple(np.linspace(1, 0.02, 300)))
+    )
+    assert not prior.covers(tuple(np.linspace(1, 0.02, 1500))), "some 30 steps between two that were measured"
+    assert not prior.at(prior.noise[25:]).covers(prior.noise), "the first half was not measured"
+    assert prior.at(prior.noise[::10]).covers(prior.noise)
+
+
+def test_the_innovation_that_is_expected_is_that_of_outputs_with_these_moments() -> None:
+    generator = np.random.default_rng(0)
+    outputs = generator.normal(size=(20_000, 5)) @ generator.normal(size=(5, 5))
+    prior = Prior((1.0, 0.8, 0.6, 0.4, 0.2), outputs.T @ outputs / len(outputs))
+    nodes, target = [2, 1, 0], 4
+    missed = outputs[:, target] - outputs[:, nodes] @ prior.weights(nodes, [target])[0]
+    assert prior.innovation(nodes, target) == pytest.approx(float((missed**2).mean()), rel=1e-6)

@@ -16,7 +16,7 @@ from peft import LoraConfig
 
 import speca
 import tiny
-from speca.calibration.knowledge import AGAIN
+from speca.calibration.knowledge import MOST_REJECTIONS
 from speca.core.prior import Prior
 from speca.diffusers.enable import accelerators_of
 from speca.reports.comparison import psnr
@@ -192,10 +192,10 @@ def test_one_s_own_loop_learns_too() -> None:
     assert count == STEPS // 4 and (second - plain).norm() < 0.2 * plain.norm()
     speca.disable(model)
     assert "step" not in vars(scheduler)
-    with speca.calibrating(model, scheduler=scheduler) as lesson:
+    with speca.calibrating(model, scheduler=scheduler) as pending:
         assert torch.equal(loop()[0], plain)
-    assert lesson.calibration.model == "DiTTransformer2DModel" and lesson.calibration.scheduler == "DDIMScheduler"
-    speca.enable(model, scheduler=scheduler, num_inference_steps=STEPS, speedup=4, calibration=lesson)
+    assert pending.calibration.model == "DiTTransformer2DModel" and pending.calibration.scheduler == "DDIMScheduler"
+    speca.enable(model, scheduler=scheduler, num_inference_steps=STEPS, speedup=4, calibration=pending)
     assert loop()[1] == STEPS // 4
 
 
@@ -218,10 +218,10 @@ def test_a_prior_that_does_not_hold_is_done_without_and_not_used_again(monkeypat
 
 
 def test_what_keeps_failing_is_not_learnt_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("speca.denoiser.run.DOUBT_IN_BUDGET", 0.0)
+    monkeypatch.setattr("speca.denoiser.run.SURPRISE_LIMIT_OF_BUDGET", 0.0)
     case = tiny.flux()
     speca.enable(case.pipe, speedup=4)
-    done = [full_steps(case) for _ in range(2 * AGAIN + 2)]
+    done = [full_steps(case) for _ in range(2 * MOST_REJECTIONS + 2)]
     assert done[:4] == [STEPS, STEPS // 4, STEPS, STEPS // 4], "it is learnt again after it did not hold"
     assert done[-2:] == [STEPS // 4] * 2
 

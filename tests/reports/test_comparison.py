@@ -288,3 +288,14 @@ def test_a_video_is_an_animation_and_a_row_of_the_contact_sheet(tmp_path: Path) 
     assert sheet.getpixel((3, 3)) == tuple((video[0, 0, 0] * 255).round().int().tolist())
     assert sheet.getpixel((112 + pictures.GAP // 2, 3)) == pictures.LINE, "white frames are set apart"
     assert pictures.draw_grid(video[None], video[None], ["x"], "t", "s").width > 112
+
+
+def test_a_comparison_that_learns_does_so_before_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECA_CACHE", str(tmp_path))
+    case = tiny.dit()
+    call = {"class_labels": [1, 2], "num_inference_steps": 20}
+    config = speca.SpecaConfig.build(speedup=4)
+    assert {s.full for s in comparison.compare(case.pipe, call, [3, 4], config, calibration="auto").report.samples} == {
+        5
+    }
+    assert list(tmp_path.glob("*/*.json")), "a sample of another seed was learnt from"

@@ -162,15 +162,15 @@ _learnt: WeakKeyDictionary[Any, dict[int, Calibration]] = WeakKeyDictionary()  #
 
 
 def after_one_run(knob: str) -> Apply:
-    """Run `speca` as a model's second call does: all that is known is what one full run of another seed showed."""
+    """Run `speca` with a prior that was learnt from one full run of another seed."""
 
     @contextmanager
     def apply(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:
         known, steps = _learnt.setdefault(pipe, {}), call["num_inference_steps"]
         if steps not in known:
-            with calibrating(pipe) as lesson:
+            with calibrating(pipe) as pending:
                 run_once(pipe, _of_one(call), [LEARNT_FROM], None)
-            known[steps] = lesson.calibration
+            known[steps] = pending.calibration
         chosen = SpecaConfig.build("balanced", **{knob: value})
         with enabled(pipe, chosen, calibration=known[steps]) as session:
             yield Setup(pipe, call, session)

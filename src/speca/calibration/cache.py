@@ -1,7 +1,7 @@
-"""What this machine has learnt of models: priors of ordinary runs, kept in memory and in a folder of the user's cache.
+"""A cache of priors learnt from ordinary runs, in memory and in a folder on disk.
 
-Each run that teaches something adds a small file of its own, so that processes that write at the same time lose
-nothing and need no lock. What is found damaged, foreign or of another version is left out, with one line in the log.
+Each run adds a file of its own, so processes can write at the same time without a lock. Files that are damaged or of
+another version are skipped with a warning in the log.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ SAMPLES = 8
 
 
 def default_folder() -> Path | None:
-    """Return the folder of learnt priors: of the environment variable SPECA_CACHE, else in the user's cache; None if
-    the variable is empty."""
+    """Return the folder in which learnt priors are stored.
+
+    It is the value of the environment variable SPECA_CACHE, by default a folder in the user's cache directory; None if
+    the variable is set but empty.
+    """
     from platformdirs import user_cache_path
 
     given = os.environ.get(FOLDER)
@@ -91,9 +94,10 @@ class PriorCache:
         self._found: dict[tuple[str, tuple[float, ...]], tuple[object, Prior]] = {}
 
     def find(self, key: Sequence[object], noise: Sequence[float]) -> Prior | None:
-        """Return the mean of what runs of this kind taught; None if there was none.
+        """Return the mean of the priors stored under `key`; None if there are none.
 
-        Runs whose steps stand at `noise` count alone if there are any, else those of the most steps, at their own.
+        Only priors measured at the steps `noise` are averaged. If there are none of these, the ones with the most steps
+        are, and the result has their steps.
 
         Args:
             key: what the prior belongs to: the fingerprint of the model and the kind of call.
@@ -118,7 +122,7 @@ class PriorCache:
         return prior
 
     def add(self, key: Sequence[object], prior: Prior) -> None:
-        """Keep what one run taught; where the folder cannot be written, as long as this object lives."""
+        """Store the prior of one run, in memory only if the folder cannot be written."""
         memory = self._memory.setdefault(_name(key), [])
         if len(self._files(key)) + len(memory) >= MOST_RUNS:
             return
@@ -145,7 +149,7 @@ def _name(key: Sequence[object]) -> str:
 
 
 def _read(file: Path) -> Prior | None:
-    """The prior of one file, None (and one line in the log) if it is none of ours."""
+    """Read the prior from a file; log a warning and return None if the file is damaged or of another version."""
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:

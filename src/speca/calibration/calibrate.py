@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ TUNING_SEED, FRESH_SEED = 600_000, 700_000
 OPTIONS = 4  # placements of a number of full steps that are tried
 SPEEDUPS = (3.0, 4.0, 5.0, 7.0)
 NEAR = 40.0  # dB: what the preset "balanced" is to reach on the samples that a model was learnt from, without a target
+CONDITIONS = frozenset({"class_labels", "prompt", "prompt_embeds"})  # where none is given, examples are
 MARGIN = 1.001  # the tolerance is a little above the error expected, so that rounding does not ask for one step more
 
 
@@ -121,7 +123,7 @@ def _of_few(
     target: Any, call: dict[str, Any] | None, loop: Generate | None, samples: int, speedups: Sequence[float],
     batch: int, say: Progress,
 ) -> Calibration:  # fmt: skip
-    """Learn from few samples, and draw them again at several budgets."""
+    """Calibrate without a target: learn the prior from full runs, and try budgets on the same samples."""
     if samples < 1 or any(speedup <= 1 for speedup in speedups):
         raise InputError(f"calibrate needs 1 sample or more and speed-ups above 1; got {samples} and {list(speedups)}.")
     (one,) = _subjects(target, call, loop, [(TUNING_SEED, samples)], min(batch, samples))
@@ -147,7 +149,7 @@ def _counts(speedups: Sequence[float], steps: int) -> set[int]:
 def _subjects(
     target: Any, call: dict[str, Any] | None, loop: Generate | None, parts: Sequence[tuple[int, int]], batch: int
 ) -> list[Subject]:
-    """What is calibrated, once for each part: its first seed and their number, all alike."""
+    """The subject of each part, which is a first seed and a number of seeds; all parts are equally long."""
     seeds = [list(range(first, first + count)) for first, count in parts]
     if isinstance(target, Denoiser):
         if loop is None:
@@ -159,12 +161,12 @@ def _subjects(
             "speca.Denoiser and pass it with loop=, or run the loop inside speca.calibrating(model, scheduler=...)."
         )
     together = [seed for part in seeds for seed in part]
-    chosen = call or {}
-    if "generator" in chosen or "latents" in chosen:
+    asked = dict(call or {})
+    if asked.keys() & {"generator", "latents"}:
         raise InputError("calibrate draws the noise of its samples itself; leave out generator and latents.")
-    accepted = {"class_labels", "prompt", "prompt_embeds"}
-    asked = chosen if accepted & chosen.keys() or not chosen else {**example_call(target, together), **chosen}
-    asked = asked or example_call(target, together)
+    takes = CONDITIONS & inspect.signature(target.__call__).parameters.keys()
+    if not asked or (takes and not asked.keys() & CONDITIONS):
+        asked = {**example_call(target, together), **asked}
     return [PipelineSubject(target, *part, batch) for part in split(asked, together, len(seeds[0]))]
 
 
@@ -220,14 +222,15 @@ class _Tried:
         self.prior = self.recording.prior
 
     def attempt(self, count: int) -> Trial:
-        """The best of a few placements of `count` full steps, by the mean PSNR of the samples."""
+        """Try a few placements of `count` full steps; return the trial with the highest mean PSNR."""
         prior, steps = self.recording.prior, self.recording.transitions
         limit = place(prior, steps, count - 1).error if count > LEAST else math.inf  # or one step fewer would do
         options = [p for p in shortlist(prior, steps, count) if p.error * MARGIN < limit][:OPTIONS]
         return self._best(count, options or [place(prior, steps, count)])
 
     def spend(self, count: int) -> Trial:
-        """The better of the placement of `count` full steps that the prior thinks best and an even one, as a budget."""
+        """Try two placements of `count` full steps, the one with the least expected error and an even one; return the
+        trial with the higher mean PSNR."""
         prior, steps = self.recording.prior, self.recording.transitions
         evenly = even(len(steps), count, all(abs(t.jacobian) < STRAIGHT for t in steps))
         plain = place(replace(prior, placed={count: evenly}), steps, count)

@@ -11,12 +11,12 @@ from ..denoiser.denoiser import Denoiser
 from ..diffusers.companions import bare
 from ..diffusers.components import denoisers_of
 from ..diffusers.enable import accelerators_of, disable, enable
-from .file import Lesson
+from .file import PendingCalibration
 from .knowledge import Learner
 
 
 @contextmanager
-def calibrating(target: Any, *, scheduler: Any = None, **settings: Any) -> Iterator[Lesson]:
+def calibrating(target: Any, *, scheduler: Any = None, **settings: Any) -> Iterator[PendingCalibration]:
     """Learn from every run inside, each computed in full; what is yielded serves as `calibration=` afterwards.
 
         with speca.calibrating(transformer, scheduler=scheduler) as calibration:
@@ -31,24 +31,24 @@ def calibrating(target: Any, *, scheduler: Any = None, **settings: Any) -> Itera
     Raises:
         InputError: when the calibration is asked for, and nothing could be learnt.
     """
-    learner, lesson = Learner(), Lesson()
+    learner, pending = Learner(), PendingCalibration()
     if isinstance(target, Denoiser):
         before = target.knowledge, target.config
         target.reset()
         target.knowledge, target.config = learner, SpecaConfig()
         try:
-            yield lesson
+            yield pending
         finally:
             target.reset()
             target.knowledge, target.config = before
-        lesson.teach(learner.mean(), target.name, target.sampler_name)
+        pending.finish(learner.mean(), target.name, target.sampler_name)
         return
     enable(target, SpecaConfig(), scheduler=scheduler, calibration=learner, **settings)
     try:
-        yield lesson
+        yield pending
     finally:
         for accelerator in accelerators_of(target):
             accelerator.end()
         disable(target)
     stepped = scheduler if scheduler is not None else getattr(target, "scheduler", None)
-    lesson.teach(learner.mean(), type(bare(denoisers_of(target)[0])).__name__, type(stepped).__name__)
+    pending.finish(learner.mean(), type(bare(denoisers_of(target)[0])).__name__, type(stepped).__name__)

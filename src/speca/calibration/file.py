@@ -141,13 +141,13 @@ def _by_count(trial: Trial) -> int:
     return -trial.full_steps
 
 
-class Lesson:
+class PendingCalibration:
     """What `speca.calibrating` yields: the calibration, once its block has ended."""
 
     def __init__(self) -> None:
         self._found: Calibration | None = None
 
-    def teach(self, found: tuple[Any, Prior] | None, model: str, scheduler: str) -> None:
+    def finish(self, found: tuple[Any, Prior] | None, model: str, scheduler: str) -> None:
         """Make the calibration from a kind of run and the prior of such runs; with None there is none."""
         if found is not None:
             kind, prior = found
@@ -168,9 +168,11 @@ class Lesson:
         self.calibration.save(path)
 
 
-def known_from(
-    calibration: Calibration | Lesson | Prior | str | Path | Literal[False] | None,
-) -> Calibration | Prior | None:
+Given = Calibration | PendingCalibration | Prior | str | Path
+"""What users pass as a calibration."""
+
+
+def known_from(calibration: Given | Literal[False] | None) -> Calibration | Prior | None:
     """Return what was given as a calibration, read from its file where it is a path.
 
     Raises:
@@ -178,7 +180,7 @@ def known_from(
     """
     if calibration is None or calibration is False:
         return None
-    if isinstance(calibration, Lesson):
+    if isinstance(calibration, PendingCalibration):
         return calibration.calibration
     if isinstance(calibration, (Calibration, Prior)):
         return calibration

@@ -1,4 +1,4 @@
-"""What is known of one model: the calibration that was given or came with it, and what its full runs have taught."""
+"""Priors of one model: from a given calibration, or learnt from earlier full runs and stored in the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .file import Calibration, prior_of
 FEW = 8
 """Priors of fewer samples are blended with the generic one (`core/generic.py`)."""
 
-AGAIN = 4
+MOST_REJECTIONS = 4
 """Full runs that a kind of call is learnt from, if later runs keep showing that what was learnt does not hold."""
 
 
@@ -36,13 +36,13 @@ class Kind(NamedTuple):
 
 
 class Knowledge:
-    """Where a run finds a prior, and where it leaves what it has learnt.
+    """Finds the prior for a run, and stores the priors that runs have measured.
 
     Attributes:
         given: the calibration or prior of the model, if there is one.
         learns: whether a run of which nothing is known is to be computed in full, to learn from it.
         in_full: whether such a run has every step in full, or only every third.
-        lesson: what to tell the user of such a run, empty for nothing.
+        notice: what to tell the user of such a run, empty for nothing.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Knowledge:
         """
         self.in_full = in_full
         steps = "every step" if in_full else "at least every third step"
-        self.lesson = f"{steps} of this run is computed, to learn from it; later runs are accelerated by what it shows."
+        self.notice = f"{steps} of this run is computed, to learn from it; later runs are accelerated by what it shows."
         self.given, self._cache, self._model = given, cache, model
         self._now = ""  # the fingerprint when something was last looked for, at the beginning of a run
-        self._refused: set[Kind] = set()  # kinds of call for which what is given was found not to hold
-        self._vain: dict[tuple[str, Kind], int] = {}  # how often what was learnt did not hold, by what it was of
-        self._doubted: set[tuple[str, Kind]] = set()  # since a run was last learnt from
+        self._given_rejected: set[Kind] = set()  # kinds of call for which what is given was found not to hold
+        self._rejections: dict[tuple[str, Kind], int] = {}  # how often what was learnt did not hold, by what it was of
+        self._rejected: set[tuple[str, Kind]] = set()  # since a run was last learnt from
 
     @property
     def learns(self) -> bool:
@@ -88,7 +88,7 @@ class Knowledge:
         if self._cache is None:
             return None
         self._now = self._model()
-        if (self._now, kind) in self._doubted:
+        if (self._now, kind) in self._rejected:
             return None
         found = self._cache.find((self._now, *kind, transitions[0].noisy), noise)
         if found is None and not self.in_full:
@@ -111,31 +111,31 @@ class Knowledge:
             return "it was measured with another kind of guidance than that of this call"
         if not given.covers(noise):
             return "it was measured at steps too far apart for the steps of this run"
-        return "full steps of an earlier run showed that it does not hold here" if kind in self._refused else ""
+        return "full steps of an earlier run showed that it does not hold here" if kind in self._given_rejected else ""
 
-    def teaches(self, kind: Kind) -> bool:
-        """Return whether a full run of this kind is to be learnt from, as nothing is known of it."""
-        return self._cache is not None and self._vain.get((self._now, kind), 0) < AGAIN
+    def should_learn(self, kind: Kind) -> bool:
+        """Return whether to learn from a run of this kind: learning is on, and has not failed too often."""
+        return self._cache is not None and self._rejections.get((self._now, kind), 0) < MOST_REJECTIONS
 
     def learn(self, kind: Kind, prior: Prior) -> None:
-        """Keep what a full run has shown."""
+        """Store the prior of a run."""
         assert self._cache is not None
-        self._doubted.discard((self._now, kind))
+        self._rejected.discard((self._now, kind))
         self._cache.add((self._now, *kind, prior.noisy, *(() if self.in_full else ("online",))), prior)
 
-    def doubt(self, kind: Kind) -> None:
-        """Note that what was found for this kind of call did not hold in a run: it is not used again, and the next run
-        is learnt from, up to a few times."""
-        self._refused.add(kind)
+    def reject(self, kind: Kind) -> None:
+        """Do not use the prior of this kind of run again, as it did not fit one; the next run is learnt from, at most
+        `MOST_REJECTIONS` times."""
+        self._given_rejected.add(kind)
         if self._cache is not None:
             key = (self._now, kind)
-            self._doubted.add(key)
-            self._vain[key] = self._vain.get(key, 0) + 1
+            self._rejected.add(key)
+            self._rejections[key] = self._rejections.get(key, 0) + 1
 
-    def give_up(self, kind: Kind) -> None:
-        """Note that nothing can be learnt from runs of this kind."""
+    def stop_learning(self, kind: Kind) -> None:
+        """Do not try again to learn from runs of this kind."""
         if self._cache is not None:
-            self._vain[self._now, kind] = AGAIN
+            self._rejections[self._now, kind] = MOST_REJECTIONS
 
 
 class Learner(Knowledge):
@@ -148,7 +148,7 @@ class Learner(Knowledge):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lesson = ""
+        self.notice = ""
         self.runs: list[tuple[Kind, Prior]] = []
         self.transitions: tuple[Transition, ...] = ()
 
@@ -164,7 +164,7 @@ class Learner(Knowledge):
         self.transitions = transitions
         return None
 
-    def teaches(self, kind: Kind) -> bool:
+    def should_learn(self, kind: Kind) -> bool:
         """Return True."""
         return True
 
@@ -172,7 +172,7 @@ class Learner(Knowledge):
         """Keep what a run has shown."""
         self.runs.append((kind, prior))
 
-    def give_up(self, kind: Kind) -> None:
+    def stop_learning(self, kind: Kind) -> None:
         """Do nothing: the next run may be another."""
 
     def mean(self, samples: int | None = None) -> tuple[Kind, Prior] | None:

@@ -52,7 +52,11 @@ def record(pipe: DiffusionPipeline, call: dict[str, Any], seeds: Sequence[int], 
 
 
 def recorded(learner: Learner, response: Response, images: Tensor, report: Report | None) -> Recording:
-    """Return the recording of runs that have ended. Raises `InputError` if nothing was learnt from them."""
+    """Return the `Recording` of full runs, given what `learner` kept of them.
+
+    Raises:
+        InputError: the sampler is not linear, or no run was completed.
+    """
     found = learner.mean(len(images))
     if not response.transitions:
         raise InputError(

@@ -182,7 +182,7 @@ class Corrector:
         expected: Sequence[float | None],
         together: Sequence[Sequence[int]],
     ) -> Tensor:
-        """Learn from the output (n, ...) of a full step after drafts how good the forecasts of its rows are.
+        """Compare the output (n, ...) of a full step with its forecast: update the gain, and return the surprise.
 
         On the line from the last output to the forecast, the point nearest to the output says how far forecasts should
         go: where outputs turn, or answer to the errors of the drafts, forecasts that go all the way do harm. The gain

@@ -56,8 +56,10 @@ def even(total: int, count: int, flow: bool) -> tuple[int, ...]:
 
 
 def _without_leaps(steps: tuple[int, ...]) -> tuple[int, ...]:
-    """The same steps with those moved after which a gap is more than twice as long as the one before: a line through
-    two full steps close together must not be drawn out far."""
+    """Return `steps` with some moved so that no gap is much more than twice as long as the gap before it.
+
+    Forecasts after two full steps are a line through both, which is unreliable far beyond a short gap.
+    """
     found = list(steps)
     for k in range(1, len(found) - 1):
         before, gap = found[k] - found[k - 1], found[k + 1] - found[k]

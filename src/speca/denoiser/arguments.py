@@ -68,9 +68,9 @@ def _is_batch(value: Any) -> bool:
 
 
 class Conditions:
-    """Notices where what a model is conditioned on changes in mid-run.
+    """Detects when the conditions of a model, such as prompt embeddings, change during a run.
 
-    What differs between the first two calls of a run is taken to differ at every call, and is not looked at.
+    Arguments that differ between the first two calls of a run are taken to change at every call and are ignored.
     """
 
     def __init__(self) -> None:
@@ -78,11 +78,11 @@ class Conditions:
         self._varying: set[str] | None = None
 
     def changed(self, arguments: Mapping[str, Any]) -> bool:
-        """Return whether tensors among the arguments of a call are others than at the call before.
+        """Return whether any tensor in `arguments` has changed since the previous call.
 
-        The same tensor, not written to since, is the same; so is another one of equal values, which are compared.
+        A tensor is unchanged if it is the same object and was not written to, or if its values are equal.
         """
-        now = {name: (tensor, _version(tensor)) for name, tensor in _tensors(arguments)}
+        now = {name: (tensor, version_of(tensor)) for name, tensor in _tensors(arguments)}
         before, self._last = self._last, now
         if before is None:
             return False
@@ -105,8 +105,8 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(inner, f"{name}.{place}")
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; inference tensors do not count."""
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; 0 for tensors of inference mode, which do not count it."""
     return 0 if tensor.is_inference() else tensor._version
 
 

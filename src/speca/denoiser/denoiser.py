@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..calibration.cache import PriorCache
-from ..calibration.file import Calibration, Lesson, known_from
+from ..calibration.file import Given, known_from
 from ..calibration.knowledge import Knowledge
 from ..config import SpecaConfig
-from ..core.prior import Prior
 from ..errors import ConfigError, InputError, NotEnabledError, nearest
 from ..reports.report import Report
 from ..sampler.function import Prediction, Sampler, broadcast, from_output, function_response, to_output
@@ -51,7 +49,7 @@ class Denoiser:
         scheduler: Any = None,
         prediction: Prediction | None = None,
         options: dict[str, Any] | None = None,
-        calibration: Calibration | Lesson | Prior | str | Path | Literal["auto", "online", False] | None = None,
+        calibration: Given | Literal["auto", "online", False] | None = None,
         **overrides: Any,
     ) -> None:
         """

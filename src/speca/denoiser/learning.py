@@ -1,4 +1,4 @@
-"""Learning from one ordinary run: the second moments of the outputs of a run in which every step is computed."""
+"""Recording the outputs of one run, for the second moments from which a prior is made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEPS = 256
 """Most steps whose outputs are looked at; of longer runs these are spread evenly."""
 
 LEAST = 8
-"""Runs of fewer steps are not learnt from: too little lies between their steps."""
+"""Fewest steps of a run that is learnt from; moments of fewer steps cannot be interpolated to other schedules."""
 
 ELEMENTS, IN_ALL = 16_384, 65_536
 """Most elements that are looked at, of one row and of all rows of a call: the same ones at every step."""
@@ -57,7 +57,8 @@ class Recorder:
         return len(self._kept[self.steps[-1]]) == len(self._kept[self.steps[0]]) > 0
 
     def moments(self) -> Array | None:
-        """Return the mean products (S, S) of the outputs at each two of `steps`, over elements, rows and calls.
+        """Return the second moments (S, S): for each pair of `steps`, the product of their outputs, averaged over
+        elements, rows and calls.
 
         None if steps differ in their calls, as where guidance ends on the way, or if outputs are not finite.
         """

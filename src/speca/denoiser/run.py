@@ -28,7 +28,7 @@ from .player import Call, Player
 CAREFUL = 3.0
 """Budget of a run that is learnt from though not every step is computed."""
 
-DOUBT, DOUBT_IN_BUDGET = 6.0, 20.0
+SURPRISE_LIMIT, SURPRISE_LIMIT_OF_BUDGET = 6.0, 20.0
 """Mean surprise of the full steps so far, one without surprise counted in, above which a prior is done without; more
 with a budget, which has only even steps to fall back to."""
 
@@ -73,7 +73,7 @@ class Run:
         self.prior: Prior | None = None
         self.planner = planner or Planner(config)
         self.learning = False
-        self._settled = self._measured = self._doubted = False
+        self._settled = self._measured = self._rejected = False
         self.kind: Kind | None = None
         known = self.knowledge.given is not None or self.knowledge.learns
         uses = bool(
@@ -176,7 +176,7 @@ class Run:
         self.learn()
         over = any(branch.last == self.total - 1 for branch in self.branches.values())
         if self.learning and over and self.kind is not None:
-            self.knowledge.give_up(self.kind)  # the last step came, and yet there was nothing to learn from
+            self.knowledge.stop_learning(self.kind)  # the last step came, and yet there was nothing to learn from
             self.note("nothing could be learnt from this run: its steps differ in their calls.")
         self.player.recorder, self.learning = None, False
         for branch in self.branches.values():
@@ -200,11 +200,11 @@ class Run:
         recorder, self.player.recorder = self.player.recorder, None
         known = self._find(recorder) if self._uses_prior else None
         if self.kind is not None and known is None and self.config.prior != "generic" and recorder is not None:
-            self.learning = self.knowledge.teaches(self.kind)
+            self.learning = self.knowledge.should_learn(self.kind)
         if self.learning:
             self.player.recorder = recorder
-            if self.knowledge.lesson:
-                self.note(self.knowledge.lesson)
+            if self.knowledge.notice:
+                self.note(self.knowledge.notice)
         self.player.prior, self.player.watches = known, self._measured
         self.prior = known
         if not self._given_planner:
@@ -288,7 +288,7 @@ class Run:
             return
         moments, noise = recorder.moments(), self.response.noise
         if moments is None:
-            self.knowledge.give_up(self.kind)
+            self.knowledge.stop_learning(self.kind)
             self.note("nothing could be learnt from this run: its steps differ in their calls.")
         else:
             steps = self.response.transitions
@@ -300,25 +300,25 @@ class Run:
         """Do without the prior for samples whose full steps show that it does not hold."""
         if not self._measured:
             return
-        limit = DOUBT_IN_BUDGET if self.config.speedup else DOUBT
+        limit = SURPRISE_LIMIT_OF_BUDGET if self.config.speedup else SURPRISE_LIMIT
         for record in branch.records:
             if record.measured and sum(record.surprises) > limit * (len(record.surprises) + 1):
                 mine = [r for r in self.records if r.sample == record.sample]
                 for same in mine:
                     same.measured = False
                 self._place(mine, step)
-                self._doubt(branch)
+                self._reject(branch)
 
-    def _doubt(self, branch: Branch) -> None:
+    def _reject(self, branch: Branch) -> None:
         """Say that some samples go on without the prior; if they are most of them, it is not used again."""
         self.note(
             "what is known of the model does not hold for some samples, as their full steps show; they went on "
             "without it."
         )
         most = 2 * sum(not record.measured for record in branch.records) > len(branch.records)
-        if most and not self._doubted and self.kind is not None:
-            self._doubted = True
-            self.knowledge.doubt(self.kind)
+        if most and not self._rejected and self.kind is not None:
+            self._rejected = True
+            self.knowledge.reject(self.kind)
 
 
 @lru_cache(maxsize=64)  # the same object for the same steps, so that its placements are found once

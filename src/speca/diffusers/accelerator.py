@@ -215,8 +215,8 @@ class Accelerator:
 
         works = partial(self.partial.work, call, branch.rows, executor.plain)
         out = run.play(Call(branch, step, evaluate, sample, works))
-        if run.learning and run.knowledge.lesson:
-            self._warn(run.knowledge.lesson)
+        if run.learning and run.knowledge.notice:
+            self._warn(run.knowledge.notice)
         if branch.plain:
             self._note(caller, f"{type(self.model).__name__} runs plainly from step {step} on: {branch.plain}.")
         return out

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..denoiser.arguments import version_of
+
 CONDITION_WORDS = ("encoder", "text", "cap", "pooled", "label", "prompt", "image_embeds")
 """Parts of the names of arguments that hold a condition, which tells a branch from the others."""
 
@@ -32,7 +34,7 @@ class _Track:
         }
         if not left:
             return None
-        return all(marks[n] is kept and _version(kept) == version for n, (kept, version) in left.items())
+        return all(marks[n] is kept and version_of(kept) == version for n, (kept, version) in left.items())
 
 
 class Branches:
@@ -77,7 +79,7 @@ class Branches:
             same = sum(t.name.partition("#")[0] == base for t in self._tracks)
             track = _Track((base, signature), base + (f"#{same + 1}" if same else ""), step)
             self._tracks.append(track)
-        track.step, track.marks = step, {n: (weakref.ref(v), _version(v)) for n, v in marks.items()}
+        track.step, track.marks = step, {n: (weakref.ref(v), version_of(v)) for n, v in marks.items()}
         return track.name
 
 
@@ -92,8 +94,3 @@ def _marks(arguments: dict[str, Any]) -> dict[str, Tensor]:
         if isinstance(first, Tensor) and any(word in name for word in CONDITION_WORDS):
             marks[name] = first
     return marks
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to, 0 for inference tensors, which do not count."""
-    return 0 if tensor.is_inference() else tensor._version

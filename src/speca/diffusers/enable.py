@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from ..calibration.cache import PriorCache, default_folder, fingerprint
-from ..calibration.file import Calibration, Lesson, known_from
+from ..calibration.file import Calibration, Given, known_from
 from ..calibration.knowledge import Knowledge
 from ..config import MIN_STEPS, Config, SpecaConfig, VerifiedConfig
-from ..core.prior import Prior
 from ..errors import ConfigError, NotEnabledError, UnsupportedModelError
 from ..reports.report import Report
 from ..verified.gate import block_lists, demand_free
@@ -32,14 +30,7 @@ def enable(
     *,
     scheduler: Any = None,
     num_inference_steps: int | None = None,
-    calibration: Calibration
-    | Lesson
-    | Prior
-    | Knowledge
-    | str
-    | Path
-    | Literal["auto", "online", False]
-    | None = "auto",
+    calibration: Given | Knowledge | Literal["auto", "online", False] | None = "auto",
     time: str | None = None,
     branches: int = 1,
     **overrides: Any,
