@@ -15,7 +15,7 @@ import tiny
 from speca.config import SpecaConfig
 from speca.core.controller import Planner
 from speca.core.correction import Corrector, quadrature
-from speca.core.placement import COARSE, LEAST, cheapest, even, expected, place, shortlist, with_placements
+from speca.core.placement import LEAST, cheapest, even, expected, place, shortlist, with_placements
 from speca.core.prior import DEPTH, Prior
 from speca.core.starts import spread
 from speca.core.transition import Transition, advance
@@ -217,11 +217,10 @@ def test_many_steps_are_placed_better_than_by_plain_schedules() -> None:
         assert any(p.steps[1] == 1 for p in (best, *others))
 
 
-def test_even_steps_of_a_flow_leave_no_leap() -> None:
-    """A gap is at most twice as long as the one before it, and the run ends with a full step."""
-    for total in range(8, 101):
-        for count in range(COARSE, total // 2 + 1):
-            steps = even(total, count, flow=True)
-            gaps = [b - a for a, b in pairwise(steps)]
-            assert steps[0] == 0 and steps[-1] == total - 1 and len(set(steps)) == len(steps) == count
-            assert all(later <= 2 * gap + 1 for gap, later in pairwise(gaps)), (total, count, steps)
+def test_even_steps_of_a_flow_are_somewhat_denser_at_the_beginning_and_end_with_the_last() -> None:
+    for total, count in ((20, 6), (28, 9), (50, 10), (50, 16), (100, 14)):
+        steps = even(total, count, flow=True)
+        gaps = [b - a for a, b in pairwise(steps)]
+        assert steps[0] == 0 and steps[-1] == total - 1 and len(steps) == count and min(gaps) > 0
+        assert sum(gaps[: len(gaps) // 2]) / (len(gaps) // 2) < sum(gaps[-(len(gaps) // 2) :]) / (len(gaps) // 2)
+        assert all(later <= 2 * gap for gap, later in pairwise(gaps)), "no line is drawn far beyond a short gap"

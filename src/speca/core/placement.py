@@ -52,20 +52,7 @@ def even(total: int, count: int, flow: bool) -> tuple[int, ...]:
     """
     if count < COARSE:
         return tuple(round(k * total / count) for k in range(count))
-    return _without_leaps(spread(total, count, FLOW_DENSITY, rest=0.0)) if flow else spread(total, count, 1.0)
-
-
-def _without_leaps(steps: tuple[int, ...]) -> tuple[int, ...]:
-    """Return `steps` with some moved so that no gap is much more than twice as long as the gap before it.
-
-    Forecasts after two full steps are a line through both, which is unreliable far beyond a short gap.
-    """
-    found = list(steps)
-    for k in range(1, len(found) - 1):
-        before, gap = found[k] - found[k - 1], found[k + 1] - found[k]
-        if gap > 2 * before:
-            found[k] = found[k - 1] + math.ceil((before + gap) / 3)
-    return tuple(found)
+    return spread(total, count, FLOW_DENSITY, rest=0.0) if flow else spread(total, count, 1.0)
 
 
 def place(prior: Prior, transitions: tuple[Transition, ...], count: int) -> Placement:
