@@ -26,8 +26,24 @@ class NotEnabledError(SpecaError, LookupError):
     """A report was asked of an object that is not enabled, or has not run yet."""
 
 
+class EngineClosedError(ConfigError):
+    """An engine takes no requests: it was closed, drains, has failed, or belongs to another process."""
+
+
 class QueueFullError(SpecaError, RuntimeError):
-    """An engine has as many requests waiting as `max_queue` allows; try again later."""
+    """An engine has as many requests waiting as `max_queue` allows; try again later.
+
+    Attributes:
+        retry_after: seconds after which there is likely to be room, estimated from recent requests.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NonFiniteError(SpecaError, ValueError):
+    """The result of a request holds NaN or infinity, so there is no picture."""
 
 
 class CancelledError(SpecaError, RuntimeError):

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import speca
 import tiny
 from engine.mixes import CLOSE, decisions, distance
+from speca.engine import Event
 from speca.engine.activations import Peak
-from speca.engine.request import Event, Request
+from speca.engine.request import Request
 from speca.engine.scheduler import Scheduler
 
 KIB = 1024
@@ -108,15 +110,22 @@ def test_memory_is_learnt_from_the_first_request_and_then_kept_to(way: str) -> N
         assert decisions(result) == decisions(roomy[n]) and distance(result, roomy[n]) < CLOSE
 
 
-def test_requests_that_keep_more_are_of_another_size() -> None:
-    names = ["num_inference_steps", "prompt"]
+def size(**asked: Any) -> object:
+    names = ["num_inference_steps", "prompt", "guidance_scale", "height", "image", "fps", "num_frames", "strength"]
+    return Request.build({"num_inference_steps": 8, "prompt": "a", **asked}, names, speca.SpecaConfig()).size
 
-    def size(**asked: Any) -> object:
-        return Request.build({"num_inference_steps": 8, "prompt": "a", **asked}, names, speca.SpecaConfig()).size
 
-    assert size() == size(prompt="b", tolerance=0.02, threshold=0.5)
+def test_memory_is_learnt_by_rows_pixels_and_frames_and_not_by_every_number() -> None:
+    assert size() == size(prompt="b", tolerance=0.02, threshold=0.5) == size(num_inference_steps=9)
+    assert size(fps=8) == size(fps=24) and size(strength=0.4) == size(strength=0.9)
+    assert size(guidance_scale=4.0) == size(guidance_scale=2) != size(guidance_scale=1.0)
+    small, large = Image.new("RGB", (16, 16)), Image.new("RGB", (64, 16))
+    assert size(image=small) == size(image=small.copy()) != size(image=large)
+    assert size(image=[small]) != size(image=[large]) != size(image=[large, large])
     others = [
-        size(num_inference_steps=9), size(speedup=4.0), size(settings=dict(order=2)), size(settings=dict(prior="none")),
-        size(preset="paper"), size(preset=speca.VerifiedConfig(order=2, history_dtype="float16")),
+        size(speedup=4.0), size(settings=dict(order=2)), size(settings=dict(prior="none")), size(height=512),
+        size(preset="paper"), size(preset=speca.VerifiedConfig(order=2, history_dtype="float16")), size(num_frames=9),
+        size(prompt=["a", "b"]), size(image=torch.zeros(1, 3, 8, 8)), size(image=torch.zeros(1, 3, 8, 16)),
     ]  # fmt: skip
     assert len({size(), *others}) == len(others) + 1
+    assert size(speedup=4.0) == size(speedup=3.0)

@@ -38,7 +38,7 @@ def test_futures_events_and_reports(case: tiny.Case) -> None:
                 demand_right(result, oracle)
             assert told[-1][0] == "done" and told[0][0] in ("queued", "started", "step")
             steps = [step for kind, step, total in told if kind == "step"]
-            assert steps == sorted(set(steps)) and steps[-1] == STEPS - 1 and told[-1][2] == STEPS
+            assert steps == sorted(set(steps)) and steps[-1] == STEPS and told[-1][2] == STEPS
             assert futures[0].progress == 1.0 and futures[0].done()
             report = futures[0].report
             assert report is not None and len(report.samples[0].decisions) == STEPS

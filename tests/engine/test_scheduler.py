@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speca.engine.scheduler import PATIENCE, Batch, Lane, Scheduler
-from speca.errors import ConfigError, InputError, QueueFullError
+from speca.engine.scheduler import PATIENCE, SIZES, Batch, Lane, Scheduler
+from speca.errors import ConfigError, InputError
 
 MANY = settings(max_examples=1000, deadline=None)
 
@@ -265,12 +265,36 @@ def test_a_large_request_is_not_passed_by_for_ever() -> None:
     raise AssertionError("the large request never started")
 
 
-def test_a_full_queue_refuses() -> None:
-    scheduler = Scheduler(max_queue=2)
-    scheduler.submit(0)
-    scheduler.submit(1)
-    with pytest.raises(QueueFullError, match="2 requests are waiting"):
-        scheduler.submit(2)
+def test_a_queue_is_full_of_what_cannot_start_now() -> None:
+    scheduler = Scheduler(max_queue=2, max_live=3)
+    assert [scheduler.is_full(taken) for taken in range(7)] == [False] * 5 + [True] * 2
+    submit(scheduler, 3)
+    scheduler.admit()
+    assert [scheduler.is_full(taken) for taken in range(3, 7)] == [False, False, True, True]
+    nobody = Scheduler(max_queue=0, max_live=1)
+    assert [nobody.is_full(taken) for taken in range(2)] == [False, True]
+    assert not Scheduler(max_live=1).is_full(1000)
+
+
+def test_a_queue_with_memory_is_full_of_what_does_not_fit() -> None:
+    scheduler = Scheduler(max_queue=0, max_live=8, memory=100)
+    assert not scheduler.is_full(0) and scheduler.is_full(1), "a size that is not known starts alone"
+    scheduler.submit(0, size="small")
+    scheduler.admit()
+    assert scheduler.is_full(1, "small")
+    scheduler.weigh(0, 30)
+    assert [scheduler.is_full(taken, "small") for taken in range(1, 5)] == [False, False, True, True]
+    assert scheduler.is_full(1, "unknown")
+
+
+def test_sizes_that_are_remembered_are_bounded() -> None:
+    scheduler = Scheduler(max_live=1, memory=100)
+    for n in range(2 * SIZES):
+        scheduler.submit(n, size=n)
+        scheduler.admit()
+        scheduler.weigh(n, 10)
+        scheduler.end(n)
+    assert len(scheduler.known) == SIZES and 2 * SIZES - 1 in scheduler.known
 
 
 @pytest.mark.parametrize("wrong", [dict(max_batch=0), dict(max_wait=-1), dict(max_live=0), dict(memory=0)])

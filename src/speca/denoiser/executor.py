@@ -7,11 +7,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .rows import Invocation
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ class Executor:
     def read(self, numbers: Tensor) -> list[float]:
         """Return numbers (n,) from the device; the only thing that waits for it."""
         return [float(number) for number in numbers.tolist()]
+
+    def compute(self, function: Callable[[], T]) -> T:
+        """Return what a function gives that may take long and runs no model; an engine serves others meanwhile."""
+        return function()
 
     def now(self) -> float:
         """Return the seconds of the clock that calls are timed by."""

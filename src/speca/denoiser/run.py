@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from ..calibration.file import fitted, prior_of
@@ -13,7 +13,7 @@ from ..calibration.knowledge import Kind, Knowledge
 from ..config import MIN_STEPS, SpecaConfig
 from ..core.controller import ACCEPTED, Plan, Planner, Record
 from ..core.generic import filled, generic
-from ..core.placement import COARSE, LEAST, cheapest, even, place
+from ..core.placement import COARSE, LEAST, Placement, cheapest, even, place
 from ..core.prior import DEPTH, Prior
 from ..core.transition import Transition
 from ..reports.costs import Costs
@@ -27,6 +27,10 @@ from .player import Call, Player
 
 CAREFUL = 3.0
 """Budget of a run that is learnt from though not every step is computed."""
+
+SEARCHED_AT_ONCE = 24
+"""Steps of a run whose full steps are found within some tens of milliseconds; for more the executor may do other things
+meanwhile."""
 
 SURPRISE_LIMIT, SURPRISE_LIMIT_OF_BUDGET = 6.0, 20.0
 """Mean surprise of the full steps so far, one without surprise counted in, above which a prior is done without; more
@@ -198,7 +202,8 @@ class Run:
             return
         self._settled = True
         recorder, self.player.recorder = self.player.recorder, None
-        known = self._find(recorder) if self._uses_prior else None
+        # What is known is read from files, by a fingerprint of the model.
+        known = self.executor.compute(partial(self._find, recorder)) if self._uses_prior else None
         if self.kind is not None and known is None and self.config.prior != "generic" and recorder is not None:
             self.learning = self.knowledge.should_learn(self.kind)
         if self.learning:
@@ -269,11 +274,17 @@ class Run:
         prior = self.prior if measured else None
         if prior is None:  # a budget alone is spent evenly
             return None if c.tolerance else frozenset(begin + s for s in even(rest, left, self.player.flow))
-        prior, steps = _rest(prior, steps, begin)
-        found = cheapest(prior, steps, c.tolerance) if c.tolerance and self._measured and rest > LEAST else None
+        search = partial(self._searched, *_rest(prior, steps, begin), left)
+        found = search() if rest <= SEARCHED_AT_ONCE else self.executor.compute(search)
+        return frozenset(begin + s for s in found.steps) if found else None
+
+    def _searched(self, prior: Prior, steps: tuple[Transition, ...], left: int) -> Placement | None:
+        """The best full steps known for these, within the tolerance and at most `left`; None if there is neither."""
+        c = self.planner.config
+        found = cheapest(prior, steps, c.tolerance) if c.tolerance and self._measured and len(steps) > LEAST else None
         if c.speedup and (found is None or len(found.steps) > left):
             found = place(prior, steps, left)
-        return frozenset(begin + s for s in found.steps) if found else None
+        return found
 
     # ------------------------------------------------------------------------------------------- what is learnt
     @property

@@ -1,6 +1,6 @@
 """Continuous batching of unmodified pipelines: requests drift apart in steps, and their forwards are run together."""
 
 from .engine import Engine
-from .request import Event, Future, Result
+from .future import Event, Future, Result
 
 __all__ = ["Engine", "Event", "Future", "Result"]

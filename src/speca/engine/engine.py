@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +15,26 @@ from torch import nn
 
 from ..config import Config, SpecaConfig
 from ..denoiser.executor import Executor
-from ..errors import ConfigError, InputError, QueueFullError, SpecaError, nearest
+from ..diffusers.accelerator import Accelerator
+from ..errors import ConfigError, InputError, QueueFullError, nearest
+from .driver import Driver
+from .future import Event, Future, Result
 from .loop import Loop
 from .play import play
 from .records import plot
-from .request import Event, Future, Request, Result, arguments_of
+from .request import STEPS, Request, arguments_of
 from .scheduler import Scheduler
+from .turn import Direct
 
 MODES = ("continuous", "lock-step", "one-at-a-time")
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 AHEAD = 2
 """`generate` keeps as many requests queued as may be live, times this."""
+WARM_STEPS = 8
+"""Steps of a request by which an engine is warmed."""
+
+_ENGINES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
+"""The engine of each model: two would run it at the same time."""
 
 
 class Engine:
@@ -40,9 +49,10 @@ class Engine:
 
     A request is a dictionary of the pipeline's own arguments, and of `preset`, `tolerance`, `speedup`, `threshold` or
     `settings` (any fields of `SpecaConfig`), `generator_seed`, `scheduler`, `priority`, `deadline` (seconds),
-    `preview` and `id`.
+    `preview` (True for latents, or "image") and `id`.
 
-    The pipeline is accelerated as by `speca.enable` until `close`. It must not be called directly while requests run.
+    The pipeline is accelerated as by `speca.enable` until `close`. A direct call of it runs its model between the
+    rounds of the engine, and slows it; it is refused if a round takes longer than a minute.
     """
 
     def __init__(
@@ -69,14 +79,16 @@ class Engine:
             component_batch: the same for text encoders and autoencoders, which need more memory for more rows.
             max_wait: rounds of the engine's loop that a full step waits for others to fill its batch, 0 or more.
             max_live: most requests under way at a time; default four times `max_batch`, one batch in "lock-step".
-            max_queue: most requests that wait to start; one more is refused. Default: no limit.
+            max_queue: most requests that wait because they cannot start at once; one more is refused. 0: none may
+                wait. Default: no limit.
             memory: what all requests under way may hold together, in bytes or as "8GiB". Default: no limit.
             mode: "continuous"; "lock-step": requests start in batches and stay at one step, each with its own
                 decisions; "one-at-a-time": a plain loop over the pipeline, without batches.
             on_event: called with what happens to each request, in the thread that runs the engine.
 
         Raises:
-            ConfigError: a value out of range, no greenlet, no pipeline, or one that offloads whole models.
+            ConfigError: a value out of range, no greenlet, no pipeline, one that offloads whole models, or one that has
+                an engine already.
             UnsupportedModelError: the pipeline has no diffusion transformer.
         """
         from ..diffusers.enable import accelerators_of, enable
@@ -97,15 +109,16 @@ class Engine:
             memory=_bytes(memory), lockstep=lockstep,
             max_live=max_live if max_live is not None else max_batch if lockstep else 4 * max_batch,
         )  # fmt: skip
-        self._enabled = not accelerators_of(pipe)
-        if self._enabled:
+        _demand_free(pipe)
+        enabled = not accelerators_of(pipe)
+        if enabled:
             enable(pipe, self.config)
         self._loop, self._names, self._on_event = Loop(pipe, scheduler), arguments_of(pipe), on_event
+        self._driver = Driver(self._loop, partial(_released, pipe, self._loop.accelerators, enabled))
         self._numbers = itertools.count()
-        self._inbox: deque[Future] = deque()
-        self._thread: threading.Thread | None = None
-        self._condition = threading.Condition()
-        self._closing = False
+        for accelerator in self._loop.accelerators:
+            _ENGINES[accelerator.model] = weakref.ref(self)
+            accelerator.caller(pipe).executor = Direct(self._driver.turn)
 
     # ---------------------------------------------------------------------------------------------- requests
     def generate(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[Result]:
@@ -115,15 +128,17 @@ class Engine:
 
         Raises:
             InputError, ConfigError: a request asks for what cannot be; those before it are finished first.
+            EngineClosedError: the engine was closed, or takes no more requests.
         """
+        self._driver.demand_open()
         if self.mode == "one-at-a-time":
             for number, asked in enumerate(requests):
                 yield self._alone(Future(number, self._request(asked), self._on_event))
             return
-        feed = _Feed(enumerate(requests), self._room, lambda asked: self._submit(self._request(asked)))
+        feed = _Feed(enumerate(requests), self._room, lambda asked: self._take(self._request(asked), thread=False))
         try:
             while feed.fill():
-                self._advance(feed.futures)
+                self._driver.advance(feed.futures)
                 yield from feed.results()
             if feed.trouble is not None:
                 raise feed.trouble
@@ -131,14 +146,15 @@ class Engine:
             for future in feed.futures:
                 future.cancel()
             if feed.futures:
-                self._advance(feed.futures)
+                self._driver.advance(feed.futures)
 
     async def submit(self, **asked: Any) -> Future:
         """Queue a request and return at once. It runs in a thread of the engine, until `close`.
 
         Raises:
-            QueueFullError: `max_queue` requests wait already.
+            QueueFullError: `max_queue` requests wait already; its `retry_after` says for how long.
             InputError, ConfigError: it asks for what cannot be.
+            EngineClosedError: the engine was closed, drains, or has failed.
         """
         await asyncio.sleep(0)
         return self.post(**asked)
@@ -147,25 +163,45 @@ class Engine:
         """`submit` for code that is not asynchronous."""
         if self.mode == "one-at-a-time":
             raise ConfigError("mode 'one-at-a-time' is a plain loop; use engine.generate, or another mode.")
-        request = self._request(asked)
-        self._start_thread()
-        return self._submit(request)
+        return self._take(self._request(asked), thread=True)
+
+    def warm(self, **asked: Any) -> Result:
+        """Run a small request, so that later ones are not slowed by what is done once: tests of whether calls can be
+        put together, the search for full steps, memory. Returns its result.
+
+        It is run twice at the same time with different seeds, as tests need two requests that meet; unless it says how
+        many steps it wants, it has eight.
+
+        Raises:
+            Exception: what it failed with.
+        """
+        if STEPS in self._names:
+            asked.setdefault(STEPS, WARM_STEPS)
+        first = self._request(asked).seed
+        twice = [asked] if first is None else [{**asked, "generator_seed": first + n} for n in range(2)]
+        results = sorted(self.generate(twice), key=lambda result: result.index)
+        for result in results:
+            if result.error is not None:
+                raise result.error
+        return results[0]
+
+    def estimate(self, **asked: Any) -> float:
+        """Return about how many seconds a request posted now would take until it is done: the full steps that it and
+        those before it need, times what a full step took of late. 0 before anything was measured, see `warm`.
+
+        Raises:
+            InputError, ConfigError: it asks for what cannot be.
+        """
+        return self._loop.pace.estimate(self._request(asked), self._driver.under_way)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait for those under way, at most `timeout` seconds; returns whether all ended."""
+        return self._driver.drain(timeout)
 
     def close(self) -> None:
-        """Cancel what is under way, end the thread, and undo `speca.enable`. Harmless when closed."""
-        from ..diffusers.enable import disable
-
-        if self._thread is not None:
-            with self._condition:
-                self._closing = True
-                self._condition.notify_all()
-            self._thread.join()
-            self._thread = None
-        elif self._loop.busy or self._inbox:
-            self._stop()
-        if self._enabled:
-            disable(self.pipe)
-            self._enabled = False
+        """Cancel what is under way, end the thread, and undo `speca.enable`. Harmless when closed; in a callback it
+        returns at once, and the engine closes when the round that called it is over."""
+        self._driver.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -175,11 +211,16 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------- figures
     @property
+    def alive(self) -> bool:
+        """Whether the engine goes on: not closed, not broken by a defect, and in the process that made it."""
+        return self._driver.alive
+
+    @property
     def statistics(self) -> dict[str, Any]:
         """Return counts since the engine was made: requests, steps, rounds, device reads, waits, and how full the
         batches of drafts, of full steps and of other components were."""
         scheduler = self._loop.scheduler
-        now = {"live": scheduler.live, "queued": len(scheduler.queue) + len(self._inbox), "bytes": scheduler.bytes}
+        now = {"live": scheduler.live, "queued": self._driver.waiting, "bytes": scheduler.bytes}
         return {**now, **self._loop.records.to_dict(scheduler)}
 
     def timeline(self, path: str | Path, title: str = "") -> None:
@@ -192,83 +233,36 @@ class Engine:
         """How many requests `generate` takes before the first ends: those that may run, and as many that wait."""
         scheduler = self._loop.scheduler
         ahead = AHEAD * scheduler.max_live
-        return ahead if scheduler.max_queue is None else min(ahead, max(1, scheduler.max_queue))
+        return ahead if scheduler.max_queue is None else min(ahead, scheduler.max_live + scheduler.max_queue)
 
     def _request(self, asked: Mapping[str, Any]) -> Request:
         if asked.get("scheduler") is not None and "scheduler" not in self.pipe.components:
             raise InputError(f"{type(self.pipe).__name__} has no component `scheduler` that could be replaced.")
         return Request.build(asked, self._names, self.config)
 
-    def _submit(self, request: Request) -> Future:
-        limit = self._loop.scheduler.max_queue
-        waiting = len(self._inbox) + len(self._loop.scheduler.queue)
-        if limit is not None and waiting >= max(1, limit):
-            raise QueueFullError(f"{waiting} requests are waiting, as many as may; try again later.")
+    def _take(self, request: Request, *, thread: bool) -> Future:
+        scheduler = self._loop.scheduler
+
+        def check(taken: int) -> None:
+            if thread and scheduler.is_full(taken, request.size):
+                after = self._loop.pace.until_room(self._driver.under_way)
+                raise QueueFullError(
+                    f"{taken - scheduler.live} requests are waiting, as many as may; try again in {after:.1f} s.", after
+                )
+
         future = Future(next(self._numbers), request, self._on_event)
-        future.wake = lambda: self._cancel(future.index)
-        with self._condition:
-            self._inbox.append(future)
-            self._condition.notify_all()
+        self._driver.take(future, check, thread=thread)
         return future
-
-    def _cancel(self, index: int) -> None:
-        with self._condition:
-            self._loop.cancelled.append(index)
-            self._condition.notify_all()
-
-    def _advance(self, futures: list[Future]) -> None:
-        """Go on until one of the futures may have ended."""
-        if self._thread is not None:
-            Future.wait(futures)
-        else:
-            self._tick()
-
-    def _tick(self) -> None:
-        while self._inbox:
-            future = self._inbox.popleft()
-            try:
-                self._loop.submit(future)
-            except SpecaError as refused:
-                future.finish(error=refused)
-        self._loop.tick()
 
     def _alone(self, future: Future) -> Result:
         """Run one request by a plain call of the pipeline, with nothing beside it."""
+        self._driver.demand_open()
         future.begin()
         try:
             output, report = play(self.pipe, self._loop.accelerators, future, Executor(), lambda mine, caller: None)
         except Exception as error:
             return future.finish(error=error)
         return future.finish(output, report)
-
-    def _start_thread(self) -> None:
-        with self._condition:
-            if self._closing:
-                raise ConfigError("the engine is closed; make a new one.")
-            if self._thread is None and (self._loop.busy or self._inbox):
-                raise ConfigError("a loop over engine.generate is under way; finish it first, or submit before it.")
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="speca-engine", daemon=True)
-                self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._inbox or self._loop.busy or self._closing)
-                if self._closing:
-                    break
-            try:
-                self._tick()
-            except BaseException as error:  # a defect of the engine: nobody shall wait for ever
-                self._loop.abandon(error)
-        self._stop()
-
-    def _stop(self) -> None:
-        """Cancel all requests, and return when they have ended."""
-        for future in [*self._inbox, *self._loop.futures()]:
-            future.cancel()
-        while self._inbox or self._loop.busy:
-            self._tick()
 
 
 class _Feed:
@@ -302,6 +296,28 @@ class _Feed:
         """Of those that have ended since."""
         for future in [future for future in self._numbers if future.done()]:
             yield dataclasses.replace(future.outcome, index=self._numbers.pop(future))
+
+
+def _demand_free(pipe: Any) -> None:
+    """Refuse a pipeline whose models another engine runs. Raises `ConfigError`."""
+    for model in pipe.components.values():
+        other = _ENGINES[model]() if isinstance(model, nn.Module) and model in _ENGINES else None
+        if other is not None and other.alive:
+            raise ConfigError(
+                f"an engine runs the {type(model).__name__} of this {type(pipe).__name__} already, and two would "
+                "disturb each other; post requests to that one, or close it first."
+            )
+
+
+def _released(pipe: Any, accelerators: Sequence[Accelerator], enabled: bool) -> None:
+    """Leave the pipeline as it was before its engine, which has `enabled` it or not."""
+    from ..diffusers.enable import disable
+
+    for accelerator in accelerators:
+        _ENGINES.pop(accelerator.model, None)
+        accelerator.caller(pipe).executor = Executor()
+    if enabled:
+        disable(pipe)
 
 
 def _bytes(memory: int | str | None) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from ..denoiser.executor import Evaluation, Executor
 from .activations import Peak
 from .components import Call
 from .scheduler import Scheduler
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,14 @@ class Read:
     numbers: Tensor
 
 
-Question = Evaluation | Plain | Read | Call
+@dataclass(frozen=True)
+class Compute:
+    """Something that takes long and runs no model."""
+
+    function: Callable[[], Any]
+
+
+Question = Evaluation | Plain | Read | Call | Compute
 
 
 class Asking(Protocol):
@@ -70,6 +79,11 @@ class RequestExecutor(Executor):
         with Peak() as peak:
             found = run()
         self._scheduler.forward = max(self._scheduler.forward, peak.most // rows)
+        return found
+
+    def compute(self, function: Callable[[], T]) -> T:
+        """Return what a function gives; it runs in another thread, and other requests go on meanwhile."""
+        found: T = self._ask(Compute(function))
         return found
 
     def now(self) -> float:

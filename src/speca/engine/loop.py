@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import heapq
 import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..denoiser.arguments import kind_of
 from ..denoiser.executor import Evaluation
 from ..diffusers.caller import Caller
-from ..errors import CancelledError
+from ..errors import CancelledError, SpecaError
 from ..verified.evaluation import GatedEvaluation
 from ..verified.gate import Mode
-from .activations import Peak
-from .components import Call, Components, adopt
-from .executor import Plain, Question, Read, RequestExecutor
-from .packing import Packer
+from .beside import Beside
+from .components import Call, adopt
+from .executor import Compute, Plain, Question, Read, RequestExecutor
+from .forwards import Forwards
+from .future import Future
+from .pace import Pace
 from .play import kinds_of, play, report_of
+from .preview import decoded
 from .records import Kind, Records
 from .rendezvous import Ambient, Ended, Rendezvous
-from .request import Future
+from .request import STEPS, arguments_of
 from .scheduler import Batch, Lane, Scheduler
 
 
@@ -34,14 +37,16 @@ class Live:
 
     Attributes:
         future: whom it is for.
-        caller: its copy of the pipeline, with the run that is under way.
-        step: index of the last step that it has begun, -1 before the first.
+        pipe: its copy of the pipeline.
+        caller: the run that is under way.
+        step: index of the last step that it has asked for, -1 before the first.
         kind: the kind of forward that it waits for.
         drafted: the inputs of its last checked draft, by identity: a full forward of the same ones redoes it.
         inputs: bytes of the inputs of its last evaluation, and of what may be pending of corrections.
     """
 
     future: Future
+    pipe: Any = None
     caller: Caller | None = None
     step: int = -1
     kind: Kind = "full"
@@ -57,6 +62,9 @@ class Loop:
         pipe: the pipeline whose models all requests share.
         scheduler: who starts, and what runs together.
         records: what has happened.
+        pace: how long it takes.
+        interruptible: whether Ctrl-C in a request is the user's, who drives the loop, and not that request's.
+        moved: whether anything happened in the last round.
     """
 
     pipe: Any
@@ -65,74 +73,99 @@ class Loop:
     live: dict[int, Live] = field(default_factory=dict)
     queued: dict[int, Future] = field(default_factory=dict)
     cancelled: deque[int] = field(default_factory=deque)  # filled by whoever cancels, from any thread
+    interruptible: bool = True
+    moved: bool = True
 
     def __post_init__(self) -> None:
         from ..diffusers.enable import accelerators_of
 
         self.accelerators = accelerators_of(self.pipe)
-        self.meet, self.packer = Rendezvous(kinds_of(self.accelerators)), Packer()
-        self._measured: set[object] = set()  # kinds of forwards whose memory is known
-        weighing = self.scheduler.memory is not None
-        self.components = Components(self.packer.tokens, self.meet.devices, weighing=weighing)
+        self.meet, self.beside = Rendezvous(kinds_of(self.accelerators)), Beside()
+        self.forwards = Forwards(self.scheduler, self.meet.devices)
+        self.pace = Pace(int(arguments_of(self.pipe).get(STEPS) or 1))
         self._deadlines: list[tuple[float, int]] = []
         self._readings: dict[int, Read] = {}
+        self._shown = -1  # the request whose preview was decoded last
+        self._full = 0  # requests that had a full step in this round
 
     @property
     def busy(self) -> bool:
         """Whether any request is under way or waits to start."""
         return bool(self.live or self.queued)
 
+    @property
+    def deadline(self) -> float | None:
+        """The next moment, by `time.perf_counter`, at which a request is given up; None if there is none."""
+        return self._deadlines[0][0] if self._deadlines else None
+
     def submit(self, future: Future) -> None:
-        """Queue a request. Raises what the scheduler refuses it with."""
+        """Queue a request, or end it where the scheduler refuses it, or where it was given up meanwhile."""
         request = future.request
-        self.scheduler.submit(future.index, size=request.size, priority=request.priority)
+        refused: SpecaError | None = future.trouble
+        try:
+            if refused is None:
+                self.scheduler.submit(future.index, size=request.size, priority=request.priority)
+        except SpecaError as problem:
+            refused = problem
+        if refused is not None:
+            self.records.ended(future.finish(error=refused))
+            return
         self.queued[future.index] = future
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (future.submitted + request.deadline, future.index))
+        future.tell("queued")
 
     def tick(self) -> None:
         """Do one round: cancel requests, start others, run one set of batches, read numbers from the device."""
-        began = time.perf_counter()
+        began, self.moved, self._full = time.perf_counter(), False, 0
         self._give_up()
-        planning = time.perf_counter()
-        admitted = self.scheduler.admit()
-        self.records.planning += time.perf_counter() - planning
+        for index, value, error in self.beside.taken():
+            self._answer(index, (value, 0.0) if error is None else error)
+        admitted = self._planning(self.scheduler.admit)
         for index in admitted:
             self._start(index)
-        planning = time.perf_counter()
-        batches = self.scheduler.plan()
-        self.records.planning += time.perf_counter() - planning
+        batches = self._planning(self.scheduler.plan)
         for batch in batches:
             self._run(batch)
+        self.moved |= bool(admitted or batches or self._readings)
         self._read()
-        self.records.ticked(self.scheduler, time.perf_counter() - began)
+        if all(batch.lane is Lane.FULL for batch in batches) and not self.scheduler.queue:
+            self._show()
+        seconds = time.perf_counter() - began
+        self.records.ticked(self.scheduler, seconds)
+        self.pace.ticked(seconds, self._full)
+
+    def _planning(self, what: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        found = what()
+        self.records.planning += time.perf_counter() - began
+        return found
 
     # ---------------------------------------------------------------------------------------------- requests
     def _give_up(self) -> None:
         """End requests that were cancelled, or whose deadline has passed."""
         now = time.perf_counter()
+        late = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            index = heapq.heappop(self._deadlines)[1]
-            future = self._future(index)
-            if future is not None:
-                self._stop(index, CancelledError(f"the deadline of {future.request.deadline} s has passed."))
+            late.append(heapq.heappop(self._deadlines)[1])
         while self.cancelled:
-            index = self.cancelled.popleft()
-            if self._future(index) is not None:
-                self._stop(index, CancelledError("the request was cancelled."))
-
-    def _future(self, index: int) -> Future | None:
-        live = self.live.get(index)
-        return self.queued.get(index) if live is None else live.future
+            late.append(self.cancelled.popleft())
+        for index in late:
+            live = self.live.get(index)
+            future = self.queued.get(index) if live is None else live.future
+            if future is not None and (trouble := future.trouble) is not None:
+                self._stop(index, trouble)
 
     def _stop(self, index: int, error: CancelledError) -> None:
+        self.moved = True
         self._readings.pop(index, None)
+        self.beside.drop(index)
         if index in self.queued:
             self.scheduler.end(index)
             self.records.ended(self.queued.pop(index).finish(error=error))
         else:
             self.scheduler.waiting.pop(index, None)
-            self._go(index, lambda: self.meet.throw(index, error))
+            self._answer(index, error)
 
     def _start(self, index: int) -> None:
         future = self.queued.pop(index)
@@ -143,13 +176,21 @@ class Loop:
         executor = RequestExecutor(self.meet, self.scheduler)
 
         def begun(mine: Any, caller: Caller) -> None:
-            live.caller = caller
+            live.pipe, live.caller = mine, caller
             if self.scheduler.component_batch > 1:
-                adopt(mine, self.components, executor.component, [a.model for a in self.accelerators])
+                adopt(mine, self.forwards.components, executor.component, [a.model for a in self.accelerators])
 
         self._go(
             index, lambda: self.meet.start(index, lambda: play(self.pipe, self.accelerators, future, executor, begun))
         )
+
+    def _answer(self, index: int, answer: Any) -> None:
+        """Let a request go on with an answer, or with the exception that it is."""
+        self.moved = True
+        if isinstance(answer, Exception):
+            self._go(index, lambda: self.meet.throw(index, answer))
+        else:
+            self._go(index, lambda: self.meet.answer(index, answer))
 
     def _go(self, index: int, onward: Callable[[], None]) -> None:
         """Let a request go on, and take up what it asks for next, or its end."""
@@ -160,34 +201,45 @@ class Loop:
             self._take(index, *self.meet.asked[index])
 
     def _end(self, ended: Ended) -> None:
-        live = self.live.pop(ended.key)
-        if live.inputs and ended.error is None:  # one full step may have been all that it asked for
+        live, error = self.live.pop(ended.key), ended.error
+        if live.inputs and error is None:  # one full step may have been all that it asked for
             self.scheduler.weigh(ended.key, self._bytes(live))
         self.scheduler.end(ended.key)
-        if ended.error is not None and not isinstance(ended.error, Exception):
-            live.future.finish(error=ended.error)
-            raise ended.error  # Ctrl-C, and the like, is not one request's
+        if isinstance(error, KeyboardInterrupt) and self.interruptible:
+            live.future.finish(error=error)
+            raise error  # Ctrl-C is not one request's
         output, report = (None, None) if ended.value is None else ended.value
         if report is None and live.caller is not None:
             report = report_of(live.caller, self.accelerators)
-        self.records.ended(live.future.finish(output, report, ended.error))
+        if error is not None and not isinstance(error, Exception):  # which would end the thread that asks for it
+            error, cause = (
+                RuntimeError(f"the request was ended by {error!r}, which one of its callbacks raised."),
+                error,
+            )
+            error.__cause__ = cause
+        result = live.future.finish(output, report, error)
+        self.records.ended(result)
+        self.pace.ended(result)
 
     def _take(self, index: int, question: Question, ambient: Ambient) -> None:
         """Sort what a request asks for: numbers to be read, or a forward, which goes to the scheduler."""
         if isinstance(question, Read):
             self._readings[index] = question
-            return
-        if isinstance(question, Plain):
+        elif isinstance(question, Compute):
+            self.beside.start(index, question.function)
+        elif isinstance(question, Plain):
             self.live[index].kind = "full"
             self.scheduler.post(index, Lane.FULL, ("alone", index), step=-1)
-            return
-        if isinstance(question, Call):
+        elif isinstance(question, Call):
             self._take_component(index, question, ambient)
-            return
+        else:
+            self._take_evaluation(index, question, ambient)
+
+    def _take_evaluation(self, index: int, question: Evaluation, ambient: Ambient) -> None:
         live, step = self.live[index], question.step
+        live.future.reach(step, question.total)
         if step > live.step:
             live.step = step
-            live.future.tell("step", step, question.total)
             if self.scheduler.memory is not None:
                 live.inputs = _bytes_of_inputs(question)
                 if step >= 1:
@@ -196,20 +248,17 @@ class Loop:
         mode = question.mode if isinstance(question, GatedEvaluation) else Mode.FULL
         live.kind = "draft" if mode.drafts else "redone" if inputs == live.drafted else "full"
         live.drafted = inputs if mode is Mode.CHECKED else ()
-        planning = time.perf_counter()
-        bucket = self._within(ambient, lambda: self.packer.bucket(question))  # which may try the model
+        bucket = self._planning(lambda: self.forwards.bucket(question, ambient))
         lane = Lane.DRAFT if mode.drafts else Lane.FULL
         named = ("alone", index) if bucket is None else (ambient, bucket)
         self.scheduler.post(index, lane, named, rows=question.rows, step=step)
-        self.records.planning += time.perf_counter() - planning
 
     def _take_component(self, index: int, call: Call, ambient: Ambient) -> None:
-        live, planning = self.live[index], time.perf_counter()
+        live = self.live[index]
         live.kind = "component"
-        bucket = self.components.bucket(call)
+        bucket = self._planning(lambda: self.forwards.components.bucket(call))
         named = ("alone", index) if bucket is None else (ambient, bucket)
         self.scheduler.post(index, Lane.COMPONENT, named, rows=max(1, call.rows), step=live.step + 1)
-        self.records.planning += time.perf_counter() - planning
 
     def _bytes(self, live: Live) -> int:
         """Return the bytes that a request holds between its steps: what it keeps of earlier ones, and its inputs."""
@@ -225,6 +274,7 @@ class Loop:
         """End every request with an error that none of them has caused."""
         for future in self.futures():
             self.scheduler.end(future.index)
+            self.beside.drop(future.index)
             future.finish(error=error)
         for place in (self.queued, self.live, self._readings, self.meet.asked):
             place.clear()
@@ -232,57 +282,31 @@ class Loop:
 
     # ---------------------------------------------------------------------------------------------- forwards
     def _run(self, batch: Batch) -> None:
-        """Run forwards as one, and answer those who asked."""
+        """Run forwards as one, and answer those who asked. A batch that fails is halved: it may have been too large, or
+        one of it is to blame, which shall fail alone."""
         asked = [(t, *self.meet.asked[t.request]) for t in batch.tickets]
-        began = time.perf_counter()
-        found: list[Any]
+        began, found = time.perf_counter(), list[Any]()
+        problem: Exception | None = None
         try:
-            found = self._answers([question for _, question, _ in asked], asked[0][2])
+            found = self.forwards.answers([question for _, question, _ in asked], asked[0][2])
         except Exception as error:
-            if len(asked) > 1:  # one of them is to blame, and it shall fail alone
-                for ticket in batch.tickets:
-                    self._run(Batch(batch.lane, (ticket,)))
-                return
-            found = [error]
+            traceback.clear_frames(error.__traceback__)  # they hold what the next try needs room for
+            problem = error
+        if problem is not None and len(asked) > 1:
+            del asked
+            middle = len(batch.tickets) // 2
+            for part in (batch.tickets[:middle], batch.tickets[middle:]):
+                self._run(Batch(batch.lane, part))
+            return
+        if problem is not None:
+            found = [problem]
         seconds = time.perf_counter() - began
         kinds = [self.live[ticket.request].kind for ticket in batch.tickets]
         self.records.ran(batch, kinds, began, seconds, self.scheduler.tick)
+        self._full += len(batch.tickets) * (batch.lane is Lane.FULL)
         for ticket, answer in zip(batch.tickets, found, strict=True):
-            index, share = ticket.request, seconds * ticket.rows / batch.rows
-            if isinstance(answer, Exception):
-                self._go(index, lambda i=index, e=answer: self.meet.throw(i, e))  # type: ignore[misc]
-            else:
-                self._go(index, lambda i=index, a=(answer, share): self.meet.answer(i, a))  # type: ignore[misc]
-
-    def _answers(self, questions: Sequence[Any], ambient: Ambient) -> list[Any]:
-        if isinstance(questions[0], Plain):
-            return [self._within(ambient, questions[0].forward)]
-        if isinstance(questions[0], Call):
-            found = self._within(ambient, lambda: self.components.run(questions))
-            self.scheduler.component = self.components.most
-            return list(found)
-        return list(self._within(ambient, lambda: self._evaluate(questions)))
-
-    def _evaluate(self, asked: Sequence[Evaluation]) -> list[Any]:
-        """Return what each evaluation of a batch gives. Where memory is limited, that of each new kind is measured."""
-        first = asked[0]
-        kind = first.kind, kind_of(first.arguments, None)
-        if self.scheduler.memory is None or kind in self._measured or isinstance(first, GatedEvaluation):
-            return self.packer.run(asked)
-        self._measured.add(kind)
-        with Peak() as peak:
-            found = self.packer.run(asked)
-        self.scheduler.forward = max(self.scheduler.forward, peak.most // sum(a.rows for a in asked))
-        return found
-
-    def _within(self, ambient: Ambient, what: Callable[[], Any]) -> Any:
-        """Call `what` with the settings of the request that has asked: whether gradients are recorded, and autocast."""
-        here = Ambient.here(self.meet.devices)
-        ambient.restore()
-        try:
-            return what()
-        finally:
-            here.restore()
+            share = seconds * ticket.rows / batch.rows
+            self._answer(ticket.request, answer if isinstance(answer, Exception) else (answer, share))
 
     def _read(self) -> None:
         """Read the numbers that requests wait for, all at once, and answer."""
@@ -296,7 +320,21 @@ class Loop:
         for index, reading in readings.items():
             count = reading.numbers.numel()
             answer, at = numbers[at : at + count], at + count
-            self._go(index, lambda i=index, a=(answer, 0.0): self.meet.answer(i, a))  # type: ignore[misc]
+            self._answer(index, (answer, 0.0))
+
+    def _show(self) -> None:
+        """Decode one preview, of each request in turn."""
+        waiting = [index for index, live in self.live.items() if live.future.shown is not None]
+        if not waiting:
+            return
+        self._shown = min(waiting, key=lambda index: (index <= self._shown, index))
+        future = self.live[self._shown].future
+        shown, future.shown = future.shown, None
+        if shown is None or not future.heard:
+            return
+        step, clean = shown
+        if (image := decoded(self.pipe, clean, future.request.arguments)) is not None:
+            future.tell("step", step, future.last.total, image=image)
 
 
 def _bytes_of_inputs(asked: Evaluation) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import InputError
 from .engine import Engine
-from .request import Result
+from .future import Result
 
 MANIFEST = "manifest.jsonl"
 Labels = Callable[[Sequence[str]], Sequence[int]]

@@ -8,16 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..denoiser.executor import Executor
 from ..diffusers.accelerator import Accelerator
 from ..diffusers.caller import Caller
 from ..errors import NotEnabledError
 from ..reports.report import Report
-from .preview import watch
+from .finite import Finite
+from .future import Future
+from .preview import Told, watched
 from .rendezvous import Chance
-from .request import Future
 
 
 def private(pipe: Any, scheduler: Any = None) -> Any:
@@ -42,24 +43,53 @@ def play(
     begun: Callable[[Any, Caller], None],
 ) -> Any:
     """Run one request from beginning to end; returns the pipeline's output and the report. `begun` is given its copy of
-    the pipeline and its caller."""
+    the pipeline and its caller.
+
+    Raises:
+        CancelledError: after a step, when it was cancelled or is late.
+        NonFiniteError: what it gives holds NaN or infinity.
+    """
     request = future.request
     mine = private(pipe, request.scheduler)
-    if request.preview:
-        watch(mine.scheduler, future.show)
     owner = weakref.ref(mine)
     known = accelerators[0].knowledge
     caller = Caller(lambda: getattr(owner(), "scheduler", None), None, request.config, known, executor)
     for accelerator in accelerators:
         accelerator.callers[mine] = caller
     begun(mine, caller)
-    chance = Chance.here(kinds_of(accelerators))
+    chance, finite = Chance.here(kinds_of(accelerators)), Finite()
+    finite.watch(mine)
     torch.manual_seed(request.global_seed)
     try:
-        output = mine(**request.call())
+        with watched(getattr(mine, "scheduler", None), _follow(future, caller, finite)):
+            output = mine(**request.call())
     finally:
         chance.restore()
+    finite.demand(output)
     return output, report_of(caller, accelerators)
+
+
+def _follow(future: Future, caller: Caller, finite: Finite) -> Told:
+    """What is done after each step of a request's scheduler: tell how far it is, and whether it may go on."""
+    done, preview = 0, future.request.preview
+
+    def tell(sample: Tensor | None, clean: Callable[[], Tensor | None]) -> None:
+        nonlocal done
+        done += 1
+        finite.note("last sample", sample)
+        total = caller.run.total if caller.run is not None else 0
+        step = min(done, total) if total else done
+        shown = clean() if preview is not None and future.heard else None
+        if preview == "image" and shown is not None:
+            future.shown, shown = (step, shown), None
+        if shown is not None:
+            future.tell("step", step, total, clean=shown)
+        else:
+            future.reach(step, total)
+        if trouble := future.trouble:
+            raise trouble
+
+    return tell
 
 
 def kinds_of(accelerators: Sequence[Accelerator]) -> tuple[str, ...]:

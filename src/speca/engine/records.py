@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .request import Result
+from .future import Result
 from .scheduler import Batch, Lane, Scheduler
 
 Kind = Literal["draft", "full", "redone", "component"]

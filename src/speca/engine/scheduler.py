@@ -13,10 +13,13 @@ import enum
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
-from ..errors import ConfigError, InputError, QueueFullError
+from ..errors import ConfigError, InputError
 
 PATIENCE = 32
 """Ticks of waiting that count as much as one level of priority; after as many a waiting request goes first."""
+
+SIZES = 512
+"""Most sizes of requests whose memory is remembered."""
 
 
 class Lane(enum.Enum):
@@ -79,7 +82,7 @@ class Scheduler:
         component_batch: the same of a call of another component than a transformer.
         max_wait: ticks after which a full forward no longer waits for others.
         max_live: most requests that are live at a time.
-        max_queue: most requests that wait to start, None for no limit.
+        max_queue: most requests that wait though they cannot start now, None for no limit.
         memory: most bytes that live requests and one batch may hold together, None for no limit. One request alone may
             hold more.
         forward, component: bytes that a row of a forward, or of a call of another component, takes while it runs, as
@@ -123,15 +126,31 @@ class Scheduler:
         """What live requests hold, or are thought to need."""
         return sum(self.held.values())
 
+    def is_full(self, taken: int, size: Hashable = None) -> bool:
+        """Whether `max_queue` requests wait that cannot start now, so that one more of this size must not; `taken` have
+        come in all, those that are live included."""
+        if self.max_queue is None:
+            return False
+        live = len(self._live)
+        return taken - live - self._free(live, size) >= self.max_queue
+
+    def _free(self, live: int, size: Hashable) -> int:
+        """How many requests of this size could start now, beside those that are live."""
+        slots = 0 if self.lockstep and live else max(0, self.max_live - live)
+        if self.memory is None or not slots:
+            return slots
+        if self._scout is not None or size not in self.known:
+            return 0 if live else 1
+        running = max(self.forward * self.max_batch, self.component * self.component_batch)
+        room = (self.memory - self.bytes - running) // max(1, self.known[size])
+        return max(0 if live else 1, min(slots, room))
+
     def submit(self, request: int, *, size: Hashable = None, priority: int = 0) -> None:
         """Queue a request; those of equal `size` need equal memory.
 
         Raises:
-            QueueFullError: `max_queue` requests wait already.
             InputError: a request of this size is known to need more than all memory.
         """
-        if self.max_queue is not None and len(self.queue) >= self.max_queue:
-            raise QueueFullError(f"{len(self.queue)} requests are waiting, as many as may; try again later.")
         need = self.known.get(size, 0) + max(self.forward, self.component)
         if self.memory is not None and need > self.memory:
             raise InputError(
@@ -179,7 +198,9 @@ class Scheduler:
         """Note that a live request holds so many bytes, which is then expected of every request of equal size."""
         if request in self.held:
             queued = self._live[request]
-            self.known[queued.size] = max(size, self.known.get(queued.size, 0))
+            self.known[queued.size] = max(size, self.known.pop(queued.size, 0))
+            if len(self.known) > SIZES:
+                del self.known[next(iter(self.known))]  # the one that was longest not met
             self.held[request] = self.known[queued.size]
             self._scout = None if self._scout == request else self._scout
 
