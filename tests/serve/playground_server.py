@@ -26,7 +26,7 @@ from PIL import Image
 
 PAGE = Path(__file__).parents[2] / "src" / "speca" / "serve" / "playground"
 POLICY = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:"
-PATTERN = {"faithful": "FFAAFAAF", "balanced": "FAAAARAA", "fast": "FAAAAAAA", "full": "F"}
+PATTERN = {"faithful": "FFAAFFFA", "balanced": "FAAAARAA", "fast": "FAAAAAAA", "full": "F"}
 CLASSES = ["t-shirt", "trouser", "ankle boot"]
 SPREAD = {"faithful": 2, "balanced": 5, "fast": 12}
 PROGRESS = (40, 90, 100)

@@ -15,6 +15,8 @@ import typer
 from .batch import batch as batch_command
 from .bench import bench
 from .calibrate import calibrate
+from .load import load
+from .serve import serve
 
 app = typer.Typer(
     help="Draw with less work: compute a diffusion model at some steps, and forecast its output at the others.",
@@ -213,6 +215,10 @@ def models(as_json: Json = False) -> None:
 app.command("batch")(_one_sentence(batch_command))
 app.command()(_one_sentence(bench))
 app.command()(_one_sentence(calibrate))
+app.command()(_one_sentence(load))
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(
+    _one_sentence(serve)
+)
 
 
 def _command() -> str:

@@ -193,26 +193,10 @@ def load(model: str, dtype: str, device: str | None, threads: int | None) -> Dif
         logging.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
-    place = _device(device)
+    place = zoo.usable_device(device)
     pipe = zoo.resolve(model, getattr(torch, dtype))
     denoisers_of(pipe)  # refused before anything else is said about its arguments
     return pipe.to(place)
-
-
-def _device(name: str | None) -> str:
-    """Return the device to use: `name`, or the accelerator if any. Raises InputError if `name` cannot be used."""
-    import torch
-
-    if name is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return "cpu" if found is None else found.type
-    try:
-        torch.zeros(1, device=name).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"--device {name} cannot be used here; use cpu, or cuda or mps on a machine with one."
-        ) from error
-    return name
 
 
 def examine(pipe: DiffusionPipeline, model: str, config: Config) -> tuple[CheckReport, str]:

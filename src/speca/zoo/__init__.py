@@ -124,6 +124,25 @@ def resolve(model: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     raise InputError(f"{model!r} is no bundled model, no folder and no hub id (owner/name); {nearest(model, names())}")
 
 
+def usable_device(name: str | None) -> str:
+    """Return the device to use: `name`, or with None the accelerator, if any, else the CPU.
+
+    Raises InputError if `name` cannot be used.
+    """
+    import torch
+
+    if name is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return "cpu" if found is None else found.type
+    try:
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"--device {name} cannot be used here; use cpu, or cuda or mps on a machine with one."
+        ) from error
+    return name
+
+
 # ------------------------------------------------------------------------------------------------ loading
 def _bundled(name: str) -> Path:
     if name not in names():

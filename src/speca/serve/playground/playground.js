@@ -290,7 +290,7 @@ function ranges(numbers) {
     if (runs.at(-1)?.[1] === n - 1) runs.at(-1)[1] = n;
     else runs.push([n, n]);
   }
-  return runs.map(([a, b]) => (a === b ? a : `${a} to ${b}`)).join(", ");
+  return runs.map(([a, b]) => (a === b ? a : `${a}${b === a + 1 ? "," : " to"} ${b}`)).join(", ");
 }
 
 /** What a drawing has cost, in words. */
