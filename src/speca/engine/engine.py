@@ -49,7 +49,8 @@ class Engine:
 
     A request is a dictionary of the pipeline's own arguments, and of `preset`, `tolerance`, `speedup`, `threshold` or
     `settings` (any fields of `SpecaConfig`), `generator_seed`, `scheduler`, `priority`, `deadline` (seconds),
-    `preview` (True for latents, or "image") and `id`.
+    `preview` (True for latents, or "image"), `id`, and `pipe`: another pipeline of the same models, such as
+    `StableDiffusionImg2ImgPipeline.from_pipe(pipe)`, whose requests run together with the others.
 
     The pipeline is accelerated as by `speca.enable` until `close`. A direct call of it runs its model between the
     rounds of the engine, and slows it; it is refused if a round takes longer than a minute.
@@ -236,9 +237,18 @@ class Engine:
         return ahead if scheduler.max_queue is None else min(ahead, scheduler.max_live + scheduler.max_queue)
 
     def _request(self, asked: Mapping[str, Any]) -> Request:
-        if asked.get("scheduler") is not None and "scheduler" not in self.pipe.components:
-            raise InputError(f"{type(self.pipe).__name__} has no component `scheduler` that could be replaced.")
-        return Request.build(asked, self._names, self.config)
+        pipe, names = self.pipe, self._names
+        if (other := asked.get("pipe")) is not None and other is not pipe:
+            parts = getattr(other, "components", {}).values()
+            if not all(any(a.model is part for part in parts) for a in self._loop.accelerators):
+                raise InputError(
+                    f"the {type(other).__name__} of this request has another model than the engine's "
+                    f"{type(pipe).__name__}; make it from that: {type(other).__name__}.from_pipe(pipe)."
+                )
+            pipe, names = other, arguments_of(other)
+        if asked.get("scheduler") is not None and "scheduler" not in pipe.components:
+            raise InputError(f"{type(pipe).__name__} has no component `scheduler` that could be replaced.")
+        return Request.build(asked, names, self.config)
 
     def _take(self, request: Request, *, thread: bool) -> Future:
         scheduler = self._loop.scheduler

@@ -333,7 +333,8 @@ class Loop:
         if shown is None or not future.heard:
             return
         step, clean = shown
-        if (image := decoded(self.pipe, clean, future.request.arguments)) is not None:
+        pipe = self.pipe if future.request.pipe is None else future.request.pipe
+        if (image := decoded(pipe, clean, future.request.arguments)) is not None:
             future.tell("step", step, future.last.total, image=image)
 
 

@@ -50,7 +50,7 @@ def play(
         NonFiniteError: what it gives holds NaN or infinity.
     """
     request = future.request
-    mine = private(pipe, request.scheduler)
+    mine = private(pipe if request.pipe is None else request.pipe, request.scheduler)
     owner = weakref.ref(mine)
     known = accelerators[0].knowledge
     caller = Caller(lambda: getattr(owner(), "scheduler", None), None, request.config, known, executor)

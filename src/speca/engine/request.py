@@ -16,7 +16,7 @@ from ..config import Config, SpecaConfig
 from ..errors import ConfigError, InputError, nearest
 
 SETTINGS = ("preset", "tolerance", "speedup", "threshold", "settings")
-OWN = (*SETTINGS, "generator_seed", "scheduler", "priority", "deadline", "preview", "id")
+OWN = (*SETTINGS, "generator_seed", "scheduler", "priority", "deadline", "preview", "id", "pipe")
 """What a request may say besides the arguments of the pipeline."""
 
 COUNTS = (
@@ -44,6 +44,7 @@ class Request:
         preview: what its events carry of the finished sample as it is predicted at each step: nothing (None), the
             latents, or the image.
         id: a name that the user gives it.
+        pipe: a pipeline that is run in place of the engine's, with the same models: one that begins with a picture.
     """
 
     arguments: dict[str, Any]
@@ -54,6 +55,7 @@ class Request:
     deadline: float | None = None
     preview: Preview | None = None
     id: Any = None
+    pipe: Any = None
 
     @classmethod
     def build(cls, asked: Mapping[str, Any], accepted: Iterable[str], config: Config) -> Request:
@@ -88,6 +90,7 @@ class Request:
             deadline=own.get("deadline"),
             preview="image" if preview == "image" else "latents" if preview else None,
             id=own.get("id"),
+            pipe=own.get("pipe"),
         )
 
     def call(self) -> dict[str, Any]:
@@ -112,7 +115,7 @@ class Request:
         """
         c = self.config
         kept = (c.prior, c.corrector, bool(c.speedup)) if isinstance(c, SpecaConfig) else c.history_dtype
-        parts: list[object] = [type(c), c.anchors, kept, type(self.scheduler)]
+        parts: list[object] = [type(c), c.anchors, kept, type(self.scheduler), type(self.pipe)]
         return (*parts, *((name, _size(name, value)) for name, value in sorted(self.arguments.items())))
 
 

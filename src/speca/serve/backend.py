@@ -31,8 +31,8 @@ class Backend:
     Attributes:
         config: its settings.
         limits: what a request may ask for.
-        engines: of each task, once it is loaded.
-        pipes: the pipelines of these engines.
+        engine: runs its requests, once it is loaded.
+        pipes: the pipeline of each task; they share their models.
         base: arguments that every request of this model is given.
         classes: names of a class-conditional model's classes and their numbers; empty for others.
         error: why it could not be loaded.
@@ -41,7 +41,7 @@ class Backend:
 
     config: ModelConfig
     limits: Limits
-    engines: dict[Task, Engine] = field(default_factory=dict)
+    engine: Engine | None = None
     pipes: dict[Task, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
@@ -72,12 +72,10 @@ class Backend:
         self.takes = {task: set(arguments_of(p)) for task, p in self.pipes.items()}
         self.base = dict(zoo.call_arguments(c.model))
         self.classes = {str(n): int(i) for n, i in (getattr(pipe, "labels", None) or {}).items()}
-        for task, p in self.pipes.items():
-            live = c.max_live if c.max_live is not None else c.max_batch
-            self.engines[task] = Engine(
-                p, c.preset, **({} if c.speedup is None else {"speedup": c.speedup}), max_batch=c.max_batch,
-                max_live=live, memory=c.memory,
-            )  # fmt: skip
+        self.engine = Engine(
+            pipe, c.preset, **({} if c.speedup is None else {"speedup": c.speedup}), max_batch=c.max_batch,
+            max_live=c.max_live if c.max_live is not None else c.max_batch, memory=c.memory,
+        )  # fmt: skip
         self.warm()
         self.ready = True
 
@@ -89,18 +87,24 @@ class Backend:
         shape = VideoRequest if self.task == "video" else ImageRequest
         for preset in ("balanced", "full"):
             request = shape(prompt=prompt, preset=preset, num_inference_steps=min(self.config.steps, self.limits.steps))
-            self.engines["generate"].warm(**self.asked(request, "generate", 0))
+            self.running.warm(**self.asked(request, "generate", 0))
 
     def close(self) -> None:
-        """Cancel what is under way, and end the engines."""
+        """Cancel what is under way, and end the engine."""
         self.ready = False
-        for engine in self.engines.values():
-            engine.close()
+        if self.engine is not None:
+            self.engine.close()
+
+    @property
+    def running(self) -> Engine:
+        """The engine of a model that is loaded."""
+        assert self.engine is not None, "requests come only once the model is ready"
+        return self.engine
 
     @property
     def alive(self) -> bool:
-        """Whether all its engines run."""
-        return all(engine.alive for engine in self.engines.values())
+        """Whether its engine runs."""
+        return self.engine is not None and self.engine.alive
 
     # ------------------------------------------------------------------------------------------- what it is
     @property
@@ -134,8 +138,8 @@ class Backend:
         limits = self.limits
         return {
             "task": self.task,
-            "edits": "edit" in self.engines,
-            "inpainting": "inpaint" in self.engines,
+            "edits": "edit" in self.pipes,
+            "inpainting": "inpaint" in self.pipes,
             "takes": takes,
             "classes": list(self.classes) or None,
             "size": None if self.size is None else "{}x{}".format(*self.size),
@@ -165,7 +169,7 @@ class Backend:
 
     def check(self, request: Asked, task: Task) -> None:
         """Raise `Fault` 400 for what this model does not take, or what goes beyond the limits; it names the field."""
-        if task not in self.engines:
+        if task not in self.pipes:
             raise wrong(f"{self.name} cannot {task} pictures; it only generates them.", "model")
         given = request.model_fields_set - {n for n in request.model_fields_set if getattr(request, n) is None}
         passed = set(Asked.model_fields) | {"strength", "num_frames"}
@@ -240,6 +244,8 @@ class Backend:
         found |= self._settings(request)
         seed = request.seed if request.seed is not None else random.SystemRandom().randrange(2**31)
         most = self.limits.priority
+        if task != "generate":
+            found["pipe"] = self.pipes[task]
         return {
             **found, "generator_seed": seed + number, "priority": max(-most, min(most, request.priority)),
             "deadline": request.deadline_s or self.limits.deadline_s,

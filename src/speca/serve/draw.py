@@ -48,7 +48,7 @@ class Drawing:
         Raises:
             Fault: 429 if they would wait too long, 400 if the engine refuses what they ask for.
         """
-        engine = self.backend.engines[self.task]
+        engine = self.backend.running
         asked = [self.backend.asked(self.request, self.task, k, self.pictures) for k in range(self.count)]
         if self.request.seed is None:  # one seed was drawn for each; they shall follow each other
             first = asked[0]["generator_seed"]
@@ -68,7 +68,7 @@ class Drawing:
     def _demand_room(self, asked: dict[str, Any]) -> None:
         if self.most_wait is None:
             return
-        engine = self.backend.engines[self.task]
+        engine = self.backend.running
         wait = engine.estimate(**asked)
         if wait > self.most_wait:
             self.metrics.refused.labels("wait").inc()
@@ -120,7 +120,7 @@ class Drawing:
                 if isinstance(what, Result):
                     left -= 1
                     self.metrics.ended(self.backend.name, what)
-                elif what.kind == "step" and what.step == 0:
+                elif what.kind == "step" and what.step == 0 and what.image is None:
                     self.metrics.first_step.labels(self.backend.name).observe(what.time)
                 yield number, what
 

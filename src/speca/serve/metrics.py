@@ -13,8 +13,8 @@ from ..engine import Engine, Result
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
-Engines = Callable[[], Iterable[tuple[str, str, Engine]]]
-"""Returns model, task and engine of all that are loaded."""
+Engines = Callable[[], Iterable[tuple[str, Engine]]]
+"""Returns name and engine of all models that are loaded."""
 
 
 class Metrics:
@@ -77,23 +77,23 @@ class _OfEngines(Collector):
             "bytes": "Bytes that requests under way hold, where memory is limited.",
             "alive": "1 if the engine's thread runs.",
         }  # fmt: skip
-        own = {n: GaugeMetricFamily(f"speca_engine_{n}", text, labels=["model", "task"]) for n, text in gauges.items()}
+        own = {n: GaugeMetricFamily(f"speca_engine_{n}", text, labels=["model"]) for n, text in gauges.items()}
         counts = {
             "done": "Requests that ended well.", "failed": "Requests that failed or were cancelled.",
             "ticks": "Rounds of the engine's loop.", "reads": "Reads from the device.",
         }  # fmt: skip
-        sums = {n: CounterMetricFamily(f"speca_engine_{n}", t, labels=["model", "task"]) for n, t in counts.items()}
+        sums = {n: CounterMetricFamily(f"speca_engine_{n}", t, labels=["model"]) for n, t in counts.items()}
         lanes = {
-            n: CounterMetricFamily(f"speca_lane_{n}", f"{n.capitalize()} of a lane.", labels=["model", "task", "lane"])
+            n: CounterMetricFamily(f"speca_lane_{n}", f"{n.capitalize()} of a lane.", labels=["model", "lane"])
             for n in ("batches", "rows", "seconds", "waited")
         }
-        for model, task, engine in self._engines():
+        for model, engine in self._engines():
             found: dict[str, Any] = {**engine.statistics, "alive": float(engine.alive)}
             for name, family in own.items():
-                family.add_metric([model, task], found[name])
+                family.add_metric([model], found[name])
             for name, total in sums.items():
-                total.add_metric([model, task], found[name])
+                total.add_metric([model], found[name])
             for lane, counted in found["lanes"].items():
                 for name, total in lanes.items():
-                    total.add_metric([model, task, lane], counted[name])
+                    total.add_metric([model, lane], counted[name])
         return [*own.values(), *sums.values(), *lanes.values()]

@@ -55,11 +55,11 @@ class Server:
         self._loader = ThreadPoolExecutor(1, "speca-load")
         self._tasks: list[asyncio.Task[None]] = []
 
-    def engines(self) -> Iterator[tuple[str, str, Engine]]:
-        """Return model, task and engine of all that are loaded."""
+    def engines(self) -> Iterator[tuple[str, Engine]]:
+        """Return name and engine of all models that are loaded."""
         for name, backend in self.backends.items():
-            for task, engine in list(backend.engines.items()):
-                yield name, task, engine
+            if backend.engine is not None:
+                yield name, backend.engine
 
     def backend(self, name: str | None) -> Backend:
         """Return a model that is ready; without a name the only one.
