@@ -1,4 +1,7 @@
-"""Whether a model can be run on a part of the rows of a call, found by trying it once for each kind of call."""
+"""Whether a model can be run on a part of the rows of a call, found by trying it once for each kind of call.
+
+Nothing is concluded from a call that is not finite or for which memory did not suffice: the next one is tried again.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +36,32 @@ class PartialCalls:
             return True
         kind = owners(invocation.arguments, rows)
         if kind not in self._known:
-            self._known[kind] = self._try(invocation, rows, run)
+            found = self._try(invocation, rows, run)
+            if found is None:
+                return False
+            self._known[kind] = found
             if len(self._known) > MOST:
                 self._known.popitem(last=False)
         return self._known[kind]
 
     @staticmethod
-    def _try(invocation: Invocation, rows: int, run: Callable[[Invocation], Any]) -> bool:
+    def _try(invocation: Invocation, rows: int, run: Callable[[Invocation], Any]) -> bool | None:
+        """Whether it works, None if this call does not tell."""
         try:
             alone = run(invocation.on([rows - 1], rows))
+        except torch.OutOfMemoryError:
+            return None
         except Exception:  # whatever a model raises that cannot be called so
             return False
         whole = run(invocation)
-        return close(tensors(alone), take(whole, rows - 1, rows))
+        if close(tensors(alone), take(whole, rows - 1, rows)):
+            return True
+        return False if finite(whole) else None
+
+
+def finite(out: Any) -> bool:
+    """Return whether all numbers of an output are finite."""
+    return all(bool(t.isfinite().all()) for t in tensors(out) if t.is_floating_point())
 
 
 def close(many: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

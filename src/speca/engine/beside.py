@@ -1,4 +1,4 @@
-"""What takes long and runs no model, such as the search for the best full steps, in a thread beside the engine's."""
+"""What takes long and runs no model, such as the search for the best full steps, in threads beside the engine's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ AT_ONCE = 0.005
 """Seconds that are waited for a result: most of what is asked for was found before."""
 
 
+THREADS = 2
+"""One for a long search, one for what is short. More would take time from the engine, as Python runs one at a time."""
+
+
 class Beside:
-    """Runs functions one after the other in one background thread, made when it is first needed.
+    """Runs functions in background threads, made when they are first needed.
 
     Attributes:
-        wake: called in that thread whenever one has ended.
+        wake: called in one of them whenever a function has ended.
     """
 
     def __init__(self) -> None:
@@ -36,7 +40,7 @@ class Beside:
         """Run a function for a request."""
         try:
             if self._pool is None:
-                self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="speca-engine-beside")
+                self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="speca-engine-beside")
             future = self._pool.submit(function)
         except RuntimeError:  # the process is about to end, and takes no more work for other threads
             future = _called(function)
@@ -58,7 +62,7 @@ class Beside:
             future.cancel()
 
     def close(self) -> None:
-        """Let the thread end when it is done with what it does."""
+        """Let the threads end when they are done with what they do."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None

@@ -12,7 +12,11 @@ MOST = 512
 
 
 class Bounded(OrderedDict[K, V]):
-    """Keeps the `MOST` entries that were set or read last."""
+    """Keeps the entries that were set or read last, `most` of them."""
+
+    def __init__(self, most: int = MOST) -> None:
+        super().__init__()
+        self._most = most
 
     def __getitem__(self, key: K) -> V:
         found = super().__getitem__(key)
@@ -22,5 +26,5 @@ class Bounded(OrderedDict[K, V]):
     def __setitem__(self, key: K, value: V) -> None:
         super().__setitem__(key, value)
         self.move_to_end(key)
-        if len(self) > MOST:
+        if len(self) > self._most:
             del self[next(iter(self))]

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..denoiser import rows as rowwise
 from ..denoiser.outputs import tensors
-from ..denoiser.partial import close
+from ..denoiser.partial import close, finite
 from .activations import Peak
+from .bounded import Bounded
 from .rendezvous import Chance
 from .signature import Tokens, signature
 
@@ -75,8 +76,8 @@ class Components:
     drawing: set[tuple[int, str]] = field(default_factory=set)
     weighing: bool = False
     most: int = 0
-    _weighed: set[tuple[int, str, tuple[torch.Size, ...]]] = field(default_factory=set)
-    _together: dict[Hashable, bool] = field(default_factory=dict)  # of each bucket that was tested
+    _weighed: Bounded[Hashable, bool] = field(default_factory=Bounded)
+    _together: Bounded[Hashable, bool] = field(default_factory=Bounded)  # of each bucket that was tested
 
     def bucket(self, call: Call) -> Hashable | None:
         """Return a name that is equal for calls that can be one; None for one that has to run alone."""
@@ -102,9 +103,9 @@ class Components:
         shapes = tuple(v.shape[1:] for v in first.arguments.values() if isinstance(v, Tensor))
         if (what := (id(first.module), first.entry, shapes)) in self._weighed:
             return self._run(calls)
-        self._weighed.add(what)
         with Peak() as peak:
             outs = [call.run() for call in calls]
+        self._weighed[what] = True
         self.most = max(self.most, peak.most // max(call.rows or 1 for call in calls))
         return outs
 
@@ -115,16 +116,24 @@ class Components:
         if bucket in self._together:
             return self._joined(calls)
         alone = [call.run() for call in calls]
-        self._together[bucket] = False
-        if all(_only_tensors(out) for out in alone):
-            try:
-                joined = self._joined(calls)
-            except Exception:  # of a component that cannot take them together: then it need not
-                return alone
-            self._together[bucket] = all(
-                close(tensors(one), tensors(other)) for one, other in zip(joined, alone, strict=True)
-            )
+        if (found := self._agree(calls, alone)) is not None:
+            self._together[bucket] = found
         return alone
+
+    def _agree(self, calls: Sequence[Call], alone: Sequence[Any]) -> bool | None:
+        """Whether calls give together what they give `alone`; None where that does not tell, as with NaN in it or where
+        memory did not suffice."""
+        if not all(_only_tensors(out) for out in alone):
+            return False
+        if not all(finite(out) for out in alone):
+            return None
+        try:
+            joined = self._joined(calls)
+        except torch.OutOfMemoryError:
+            return None
+        except Exception:  # of a component that cannot take them together: then it need not
+            return False
+        return all(close(tensors(one), tensors(other)) for one, other in zip(joined, alone, strict=True))
 
     def _joined(self, calls: Sequence[Call]) -> list[Any]:
         counts = [call.rows for call in calls]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from ..denoiser.rows import Invocation
 from ..verified.evaluation import GatedEvaluation, Passed
 from ..verified.gate import Mode
 from ..verified.probe import discover
+from .bounded import Bounded
 from .signature import Tokens, form_of, signature
 
 
 class Packer:
     """Says which evaluations can be one (those of one bucket), and runs the evaluations of a bucket as one.
+
+    Nothing is concluded from calls that are not finite, or for which memory did not suffice.
 
     That rows of different requests do not influence each other is tested: the first time two calls of a kind meet, they
     are run together and one of them alone. Verified drafts have been tested by their model's self-test; there only
@@ -30,8 +33,8 @@ class Packer:
 
     def __init__(self) -> None:
         self.tokens = Tokens()
-        self._joined: dict[Hashable, bool] = {}  # of each kind that was tested
-        self._first: dict[Hashable, tuple[Hashable, Evaluation]] = {}  # of each that was not, a call and its bucket
+        self._joined: Bounded[Hashable, bool] = Bounded()  # of each kind that was tested
+        self._first: Bounded[Hashable, tuple[Hashable, Evaluation]] = Bounded(64)  # of others, a call and its bucket
 
     def bucket(self, asked: Evaluation) -> Hashable | None:
         """Return a name that is equal for evaluations that can be one; None for one that has to run alone."""
@@ -59,16 +62,27 @@ class Packer:
         if of != same or not _differ(other, asked):
             self._first[kind] = same, asked  # who comes next is more likely to meet this one
             return False
+        try:
+            found = self._agree(other, asked)
+        except torch.OutOfMemoryError:
+            found = None
+        if found is None:  # one of the two is wrong by itself, and tells nothing of the others
+            if not _is_sound(other):
+                self._first[kind] = same, asked
+            return False
+        self._joined[kind] = found
+        del self._first[kind]
+        return found
+
+    def _agree(self, other: Evaluation, asked: Evaluation) -> bool | None:
+        """Whether a call gives together with another one what it gives alone; None if one of them is wrong."""
         alone = _tensors_of(asked)
         if alone is None or not all(bool(t.isfinite().all()) for t in alone[0]):
-            return False  # this call is wrong by itself, and tells nothing of the others
-        both = _tensors_of(self._together([_unlike(other, asked), asked]), (other.rows, asked.rows))
-        if both is None and _tensors_of(other) is None:
-            self._first[kind] = same, asked
-            return False
-        self._joined[kind] = both is not None and close(both[1], alone[0])
-        del self._first[kind]
-        return self._joined[kind]
+            return None
+        both = _tensors_of(lambda: self._together([_unlike(other, asked), asked]), (other.rows, asked.rows))
+        if both is not None and close(both[1], alone[0]):
+            return True
+        return False if _is_sound(other) else None
 
     def _test_uneven(self, same: Hashable, asked: GatedEvaluation) -> bool:
         """Whether calls may differ in what their rows use of their inputs."""
@@ -80,17 +94,22 @@ class Packer:
         _, other = self._first.setdefault(kind, (same, asked))
         if not isinstance(other, GatedEvaluation) or set(other.uses) == set(asked.uses):
             return False
-        call = self._together([other, asked]).invocation
+        del self._first[kind]
         with asked.gate.lock:
             try:
+                call = self._together([other, asked]).invocation
                 _, finding = discover(asked.gate, call.function, call.arguments, other.rows + asked.rows)
+            except torch.OutOfMemoryError:
+                return False
             except Exception:  # as above
                 self._joined[kind] = False
             else:
                 learnt = finding.learnt
+                if not finding.lasting:
+                    return False
                 self._joined[kind] = finding.supported and learnt is not None and not learnt.ragged
-            asked.gate.forget()
-        del self._first[kind]
+            finally:
+                asked.gate.forget()
         return self._joined[kind]
 
     def run(self, asked: Sequence[Evaluation]) -> list[Any]:
@@ -117,13 +136,28 @@ class Packer:
         return dataclasses.replace(first, invocation=call, rows=sum(counts), forecast=forecast)
 
 
-def _tensors_of(asked: Evaluation, parts: Sequence[int] = ()) -> list[list[Tensor]] | None:
-    """The tensors that an evaluation gives, of each of its parts of so many rows; None where the model refuses it."""
+def _tensors_of(asked: Evaluation | Callable[[], Evaluation], parts: Sequence[int] = ()) -> list[list[Tensor]] | None:
+    """The tensors that an evaluation gives, of each of its parts of so many rows; None where the model refuses it.
+
+    Raises:
+        torch.OutOfMemoryError: memory did not suffice.
+    """
     try:
-        out = asked.run()
+        out = (asked if isinstance(asked, Evaluation) else asked()).run()
         return [tensors(part) for part in (rowwise.split(out, parts) if parts else [out])]
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # of any kind: a wrong request, or a model that cannot take several
         return None
+
+
+def _is_sound(asked: Evaluation) -> bool:
+    """Whether an evaluation by itself gives finite numbers, as far as memory suffices to see it."""
+    try:
+        found = _tensors_of(asked)
+    except torch.OutOfMemoryError:
+        return True
+    return found is not None and all(bool(t.isfinite().all()) for t in found[0])
 
 
 def _unlike(one: Evaluation, other: Evaluation) -> Evaluation:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import VerifiedConfig
@@ -21,6 +23,9 @@ from .rows import weights
 from .rules import Rule, rule
 
 UNKNOWN = Discovery(False, "not tested yet")
+
+MOST = 256
+"""Kinds of call whose findings are remembered; of older ones it is found anew."""
 
 
 class VerifiedDrafts:
@@ -109,7 +114,9 @@ class VerifiedDrafts:
         used = weights(call.arguments, rows) if rows > 1 else []
         key = (kind, owners(call.arguments, rows), len(set(used)) > 1)
         if self.known(key) is UNKNOWN:
-            self.findings[key] = self._first(executor, call, rows)[1]
+            found = self._first(executor, call, rows)[1]
+            self._keep(key, found)
+            return "" if found.supported else found.reason
         return "" if self.known(key).supported else self.known(key).reason
 
     def _discover(
@@ -118,7 +125,7 @@ class VerifiedDrafts:
         """Run the first call of its kind in full and self-test the model on it."""
         began, rows = run.executor.now(), work.branch.rows
         out, finding, features = self._first(run.executor, work.invocation, rows)
-        self.findings[key] = finding
+        self._keep(key, finding)
         work.branch.note_full(work.step, run.total)
         run.costs.evaluations += rows
         run.costs.evaluations_full += rows
@@ -136,6 +143,13 @@ class VerifiedDrafts:
         run.note("cost and time include the self-test, which runs once for a model and input size")
         return out, ""
 
+    def _keep(self, key: tuple[object, object, bool], finding: Discovery) -> None:
+        """Remember what was found of a kind of call, unless it tells nothing of other calls."""
+        if finding.lasting:
+            self.findings[key] = finding
+            if len(self.findings) > MOST:
+                del self.findings[next(iter(self.findings))]
+
     def _first(self, executor: Executor, call: Invocation, rows: int) -> tuple[Any, Discovery, tuple[Any, ...]]:
         """Run the first call of its kind and self-test drafts on it; return the model's output, the finding, and the
         features (B, ...) to record (none if the model is not supported).
@@ -143,17 +157,22 @@ class VerifiedDrafts:
         For an engine, which batches rows of several requests, a single row is tested together with a second one: two
         rows are needed to find the batch dimension of features and to test that rows are independent.
         """
+        lasting = True
         if rows == 1 and executor.joins and type(self.model).__name__ not in PACKED:
             try:
                 two = Invocation(call.function, join([call.arguments, scaled(call.arguments)], [1, 1]))
                 out, finding, features = executor.first(lambda: self._test(two, 2), 2)
+            except torch.OutOfMemoryError:
+                lasting = False
+                self.gate.forget()
             except Exception:  # the model cannot take two rows: run each call of this kind alone
                 self.gate.forget()
             else:
                 if finding.supported:
                     return split(out, [1, 1])[0], finding, tuple(f[:1] for f in features)
-        found: tuple[Any, Discovery, tuple[Any, ...]] = executor.first(lambda: self._test(call, rows), rows)
-        return found
+                lasting = finding.lasting
+        out, finding, features = executor.first(lambda: self._test(call, rows), rows)
+        return out, replace(finding, lasting=lasting and finding.lasting), features
 
     def _test(self, call: Invocation, rows: int) -> tuple[Any, Discovery, tuple[Any, ...]]:
         with self.gate.lock:

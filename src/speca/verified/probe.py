@@ -10,7 +10,8 @@ The first full step of a model is followed, once, by a few cheap passes of the s
 3. replay: the same call as a draft fed the exact features must give the full output, checked and unchecked; where rows
    are ragged, the row alone as well.
 
-If a test fails, data bypasses the verify block, and the model runs without forecasts.
+If a test fails, data bypasses the verify block, and the model runs without forecasts. A call that is not finite, or for
+which memory did not suffice, tells nothing of others: its finding holds for this call alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..denoiser.outputs import take, tensors
-from ..denoiser.partial import close
+from ..denoiser.partial import close, finite
 from ..denoiser.rows import select
 from ..errors import UnsupportedModelError
 from . import layouts
@@ -50,6 +51,7 @@ class Discovery:
     flops_checked: float | None = None
     flops_unchecked: float | None = None
     ragged: bool = False
+    lasting: bool = True  # whether it holds for other calls of its kind
     learnt: Learnt | None = field(default=None, repr=False, compare=False)  # for the gate, at later calls of this kind
 
     @property
@@ -75,6 +77,10 @@ def discover(gate: Gate, forward: Forward, arguments: dict[str, Any], rows: int)
         finding = _examine(gate, forward, fresh, out)
     except UnsupportedModelError as problem:
         finding = Discovery(False, str(problem))
+        if not finite(out):
+            finding = Discovery(False, "an output that is not finite, which tells nothing of the model", lasting=False)
+    except torch.OutOfMemoryError as problem:
+        finding = Discovery(False, f"memory did not suffice for the self-test: {problem}", lasting=False)
     except Exception as problem:  # models raise errors of any type if blocks are skipped: run without forecasts
         finding = Discovery(False, f"a skipped pass raised {type(problem).__name__}: {problem}")
     if whole or not finding.supported:
@@ -214,6 +220,8 @@ def _counted(run: Callable[[], Any], compiled: bool) -> tuple[Any, float]:
     try:
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             out = run()
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # an error of the model is raised again below
         return run(), 0.0
     return run() if compiled else out, float(counter.get_total_flops())
