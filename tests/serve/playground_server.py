@@ -1,6 +1,6 @@
 """A small server that speaks the API which the playground uses, to try the page without a model.
 
-Words of the prompt choose what it does: "slow", "busy", "wrong" and "broken".
+Words of the prompt choose what it does: "slow", "busy", "wrong", "broken" and "cut".
 `python tests/serve/playground_server.py` serves it at port 8123.
 """
 
@@ -89,7 +89,7 @@ def told(seed: int, steps: int, preset: str) -> dict[str, Any]:
     """The `speca` object of an answer."""
     decisions = (PATTERN[preset] * steps)[:steps]
     counts = {"full": decisions.count("F"), "accepted": decisions.count("A"), "rejected": decisions.count("R")}
-    notes = ["a note of the fake server."] if preset == "fast" else []
+    notes = ["a note of the fake server."] if preset == "faithful" else []
     seconds = 0.05 * (steps - counts["accepted"])
     return {"seed": seed, "steps": steps, **counts, "decisions": decisions, "waited": 0.01, "seconds": seconds,
             "flops_speedup": round(steps / (steps - counts["accepted"]), 2), "notes": notes}  # fmt: skip
@@ -222,6 +222,8 @@ async def stream(fake: Fake, asked: dict[str, Any]) -> AsyncIterator[str]:
         for step in range(1, steps + 1):
             await asyncio.sleep(pause)
             yield event("speca.progress", index=0, step=step, total=steps)
+            if "cut" in asked["prompt"] and step == 3:
+                return
             if "broken" in asked["prompt"] and step == 3:
                 yield f"event: error\ndata: {json.dumps({'error': {'message': 'the model failed.', 'code': None}})}\n\n"
                 return

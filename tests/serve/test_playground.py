@@ -178,12 +178,14 @@ def test_all_settings_are_sent(page: Page, fake: Fake) -> None:
     fields = {"negative": "dog", "guidance": "2.5", "size": "32x48", "steps": "12", "speedup": "4.5"}
     for name, value in fields.items():
         page.write(f"#{name}", value)
-    page.find("#presets input[value=fast]").find_element(By.XPATH, "..").click()
+    page.find("#presets input[value=faithful]").find_element(By.XPATH, "..").click()
     page.draw("cat", seed="3")
     given = {"negative_prompt": "dog", "guidance_scale": 2.5, "size": "32x48", "num_inference_steps": 12,
-             "speedup": 4.5, "preset": "fast"}  # fmt: skip
+             "speedup": 4.5, "preset": "faithful"}  # fmt: skip
     assert given.items() <= fake.asked[0].items()
     assert page.text(".notes") == "a note of the fake server."
+    label = page.find("#drawings .timeline").get_attribute("aria-label")
+    assert label == "12 steps. Full steps: 1, 2, 5 to 7, 9, 10. The others are drafts."
 
 
 def test_the_full_run_beside_it_and_their_distance(page: Page, fake: Fake) -> None:
@@ -260,7 +262,7 @@ def test_a_link_reproduces_the_settings(page: Page, fake: Fake) -> None:
     page.ready()
     page.write("#negative", "dog & bird")
     page.write("#steps", "8")
-    page.find("#presets input[value=faithful]").find_element(By.XPATH, "..").click()
+    page.find("#presets input[value=fast]").find_element(By.XPATH, "..").click()
     page.draw("a cat, 100% grey")
     link = urlsplit(page.driver.current_url).query
     page.ready()
@@ -317,11 +319,14 @@ def test_a_refusal_is_said_at_its_field(page: Page) -> None:
     assert not page.all("[aria-invalid]")
 
 
-def test_an_error_within_the_stream(page: Page) -> None:
+@pytest.mark.parametrize(("prompt", "sentence"), [
+    ("broken cat", "the model failed."), ("cut cat", "The connection ended before the picture was finished."),
+])  # fmt: skip
+def test_an_error_within_the_stream(page: Page, prompt: str, sentence: str) -> None:
     page.ready()
-    page.write("#prompt", "broken cat")
+    page.write("#prompt", prompt)
     page.find("#draw").click()
-    page.until(lambda: page.text("#problem") == "the model failed.")
+    page.until(lambda: page.text("#problem") == sentence)
     assert page.shown("#retry")
     assert page.shown("#empty")
 
