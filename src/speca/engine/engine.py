@@ -195,6 +195,11 @@ class Engine:
         """
         return self._loop.pace.estimate(self._request(asked), self._driver.under_way)
 
+    @property
+    def backlog(self) -> float:
+        """Return about how many seconds the requests under way and queued still need; 0 before anything was measured."""
+        return self._loop.pace.backlog(self._driver.under_way)
+
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way, at most `timeout` seconds; returns whether all ended."""
         return self._driver.drain(timeout)

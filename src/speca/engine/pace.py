@@ -69,6 +69,10 @@ class Pace:
         own = self._asked(request) * self.share
         return max(self.seconds * (self.left(ahead) + own), self.round * own)
 
+    def backlog(self, futures: Iterable[Future]) -> float:
+        """Return the seconds that these requests still need, together."""
+        return self.seconds * self.left(futures)
+
     def until_room(self, futures: Iterable[Future]) -> float:
         """Return the seconds until one of these requests is likely to have ended; 1 before anything was measured."""
         under_way = list(futures)

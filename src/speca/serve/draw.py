@@ -56,7 +56,7 @@ class Drawing:
         preview: Any = "image" if previews else False
         futures: list[Future] = []
         with _refusals(self.metrics):
-            self._demand_room(asked[0])
+            self._demand_room()
             try:
                 futures.extend(engine.post(**one, preview=preview) for one in asked)
             except BaseException:
@@ -65,12 +65,9 @@ class Drawing:
                 raise
         return futures
 
-    def _demand_room(self, asked: dict[str, Any]) -> None:
-        if self.most_wait is None:
-            return
-        engine = self.backend.running
-        wait = engine.estimate(**asked)
-        if wait > self.most_wait:
+    def _demand_room(self) -> None:
+        wait = self.backend.running.backlog
+        if self.most_wait is not None and wait > self.most_wait:
             self.metrics.refused.labels("wait").inc()
             text = f"the image would have to wait about {wait:.0f} s, more than {self.most_wait:g} s."
             raise busy(wait - self.most_wait, text)
@@ -120,7 +117,7 @@ class Drawing:
                 if isinstance(what, Result):
                     left -= 1
                     self.metrics.ended(self.backend.name, what)
-                elif what.kind == "step" and what.step == 0 and what.image is None:
+                elif what.kind == "step" and what.step == 1 and what.image is None:
                     self.metrics.first_step.labels(self.backend.name).observe(what.time)
                 yield number, what
 

@@ -102,7 +102,7 @@ class Workers:
             if isinstance(what, Result):
                 results[number] = what
             elif what.total:
-                shares[number] = (what.step + 1) / what.total
+                shares[number] = what.step / what.total
                 if (now := time.monotonic()) - told_at > 0.5:
                     told_at = now
                     await asyncio.to_thread(self._jobs.change, job.id, progress=sum(shares) / len(shares))

@@ -192,12 +192,12 @@ async def _chunks(events: AsyncIterator[tuple[int, Event | Result]], drawing: Dr
                 yield await _picture(f"{kind}.partial_image", asked, what.image, **sent)
                 shown[number] += 1
         elif what.kind == "step" and asked.stream_progress:
-            yield _event("speca.progress", index=number, step=what.step + 1, total=what.total)
+            yield _event("speca.progress", index=number, step=what.step, total=what.total)
 
 
 def _is_due(event: Event, sent: int, wanted: int) -> bool:
     """Whether a preview is the next one to be sent: they are spread evenly over the steps."""
-    return sent < wanted and (event.step + 1) * (wanted + 1) >= event.total * (sent + 1)
+    return sent < wanted and event.step * (wanted + 1) >= event.total * (sent + 1)
 
 
 async def _picture(name: str, asked: Pictures, image: Any, **more: Any) -> bytes:
