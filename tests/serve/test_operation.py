@@ -154,7 +154,7 @@ def test_a_client_that_hangs_up_cancels_its_images(served: Served, stream: bool)
         if stream:
             assert b"200 OK" in connection.recv(4096)
     until(lambda: live(served) == 0, 5)
-    assert not served.server.running.counts and not served.server.running.tasks
+    assert not served.server.running.counts and not served.server.running.cancels
 
 
 @pytest.mark.parametrize("stream", [False, True])

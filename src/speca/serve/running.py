@@ -28,13 +28,13 @@ class Running:
         per_key: most images and jobs of one caller.
         draining: whether the server ends, so that nothing new is taken.
         counts: images and jobs under way of each caller.
-        tasks: the task of each request for images, by request id and caller.
+        cancels: what gives up each request for images, by request id and caller.
     """
 
     per_key: int
     draining: bool = False
     counts: Counter[str] = field(default_factory=Counter)
-    tasks: dict[tuple[str, str], asyncio.Task[Any]] = field(default_factory=dict)
+    cancels: dict[tuple[str, str], Callable[[], object]] = field(default_factory=dict)
     _answers: OrderedDict[tuple[str, str], _Answer] = field(default_factory=OrderedDict)
 
     @contextmanager
@@ -52,10 +52,10 @@ class Running:
 
     def cancel(self, request_id: str, caller: str) -> None:
         """Cancel a request. Raises `Fault` 404 if the caller has none of this id under way."""
-        task = self.tasks.get((request_id, caller))
-        if task is None:
+        give_up = self.cancels.get((request_id, caller))
+        if give_up is None:
             raise Fault(404, f"no request {request_id!r} is under way.", code="not_found")
-        task.cancel()
+        give_up()
 
     async def answered_once(
         self, caller: str, key: str | None, body: bytes, answer: Callable[[], Awaitable[Any]]

@@ -77,7 +77,7 @@ async def while_connected(request: Request, work: Awaitable[Found]) -> Found:
     server, key = server_of(request), (str(request.state.request_id), caller_of(request))
     task: asyncio.Task[Found] = asyncio.ensure_future(work)  # type: ignore[assignment]
     gone = asyncio.create_task(_left(request))
-    server.running.tasks[key] = task
+    server.running.cancels[key] = task.cancel
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -88,7 +88,7 @@ async def while_connected(request: Request, work: Awaitable[Found]) -> Found:
             raise Fault(499, "the request was cancelled.", code="cancelled") from None
         raise
     finally:
-        server.running.tasks.pop(key, None)
+        server.running.cancels.pop(key, None)
         gone.cancel()
         task.cancel()
 

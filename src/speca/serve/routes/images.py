@@ -162,16 +162,14 @@ async def _streamed(request: Request, drawing: Drawing, caller: str) -> Response
         held = stack.pop_all()
 
     async def stream() -> AsyncIterator[bytes]:
-        task = asyncio.current_task()
-        assert task is not None
-        running.tasks[key] = task
+        running.cancels[key] = lambda: [future.cancel() for future in futures]
         try:
             async for chunk in _chunks(drawing.events(futures), drawing):
                 yield chunk
         except Exception as error:
             yield format_sse_event(event="error", data_str=json.dumps(of_error(error).body))
         finally:
-            running.tasks.pop(key, None)
+            running.cancels.pop(key, None)
 
     return _Stream(stream(), held)
 
