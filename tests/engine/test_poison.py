@@ -31,7 +31,9 @@ def full_memory(*_: Any, **__: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ whole engines
-@pytest.mark.parametrize("how", [dict(preset=tiny.VERIFYING, threshold=1e9), dict(speedup=2.5)], ids=["verified", "forecast"])
+@pytest.mark.parametrize(
+    "how", [dict(preset=tiny.VERIFYING, threshold=1e9), dict(speedup=2.5)], ids=["verified", "forecast"]
+)
 def test_requests_after_one_with_nan_are_drafted_and_batched_as_ever(how: Any) -> None:
     case = tiny.flux()
     bad = {**good(case, 0), "num_inference_steps": 10}

@@ -54,6 +54,8 @@ class Turn:
 class Direct(Executor):
     """Runs the calls of a model that come from a direct call of the pipeline, between the ticks of its engine."""
 
+    joins = True  # what is found of a model is shared with the engine, which joins rows
+
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
 

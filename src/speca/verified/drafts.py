@@ -146,7 +146,7 @@ class VerifiedDrafts:
     def _keep(self, key: tuple[object, object, bool], finding: Discovery) -> None:
         """Remember what was found of a kind of call, unless it tells nothing of other calls."""
         if finding.lasting:
-            self.findings[key] = finding
+            self.findings.setdefault(key, finding)  # another thread may have found it meanwhile
             if len(self.findings) > MOST:
                 del self.findings[next(iter(self.findings))]
 
