@@ -259,8 +259,9 @@ def start(folder: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "import speca.cli; speca.cli.main()", "serve", "emoji-flux", "--port", str(port), "--jobs", str(folder),
-               "--threads", "1", "--log", "json", *flags]  # fmt: skip
+    code = "import speca.cli; speca.cli.main()"
+    command = [sys.executable, "-c", code, "serve", "emoji-flux", "--port", str(port), "--jobs", str(folder),
+               "--threads", "1", "--steps", str(STEPS), "--log", "json", *flags]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "SPECA_CACHE": ""})
     url = f"http://127.0.0.1:{port}"
 

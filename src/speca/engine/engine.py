@@ -197,7 +197,7 @@ class Engine:
 
     @property
     def backlog(self) -> float:
-        """Return about how many seconds the requests under way and queued still need; 0 before anything was measured."""
+        """Return about how many seconds the requests under way and queued still need; 0 before any was measured."""
         return self._loop.pace.backlog(self._driver.under_way)
 
     def drain(self, timeout: float | None = None) -> bool:

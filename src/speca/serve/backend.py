@@ -17,8 +17,8 @@ from .schema import QUALITIES, Asked, EditRequest, Pictures, VideoRequest
 from .settings import Limits, ModelConfig
 
 Task = Literal["generate", "edit", "inpaint"]
-FULL = dict(tolerance=0.0, speedup=0.0, schedule=(), threshold=0.0)
-"""Settings of the preset "full": every step is computed."""
+FULL = SpecaConfig(tolerance=0.0, threshold=0.0)
+"""The preset "full": every step is computed."""
 
 OWN = {"num_inference_steps", "preset", "speedup", "tolerance", "seed", "priority", "deadline_s", "size", "prompt"}
 """Fields that need no argument of the pipeline's own by that name."""
@@ -73,8 +73,8 @@ class Backend:
         self.base = dict(zoo.call_arguments(c.model))
         self.classes = {str(n): int(i) for n, i in (getattr(pipe, "labels", None) or {}).items()}
         self.engine = Engine(
-            pipe, c.preset, **({} if c.speedup is None else {"speedup": c.speedup}), max_batch=c.max_batch,
-            max_live=c.max_live if c.max_live is not None else c.max_batch, memory=c.memory,
+            pipe, SpecaConfig.build(c.preset, **({} if c.speedup is None else {"speedup": c.speedup})),
+            max_batch=c.max_batch, max_live=c.max_live if c.max_live is not None else c.max_batch, memory=c.memory,
         )  # fmt: skip
         self.warm()
         self.ready = True
@@ -267,7 +267,7 @@ class Backend:
         if preset is None and isinstance(request, Pictures) and request.quality is not None:
             preset = QUALITIES.get(request.quality)
         if preset == "full":
-            return {"preset": SpecaConfig(**FULL)}
+            return {"preset": FULL}
         found = {"preset": preset, "speedup": request.speedup, "tolerance": request.tolerance}
         return {n: v for n, v in found.items() if v is not None}
 

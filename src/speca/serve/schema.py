@@ -29,7 +29,9 @@ class Asked(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     model: str | None = Field(None, description="One of /v1/models; may be left out where only one is served.")
-    prompt: str = Field(min_length=1, description="What to draw; of a class-conditional model the name or number of a class.")
+    prompt: str = Field(
+        min_length=1, description="What to draw; of a class-conditional model the name or number of a class."
+    )
     size: str | None = Field(None, description='"WIDTHxHEIGHT" in pixels, or "auto" for the model\'s own size.')
     user: str | None = None
     seed: int | None = Field(None, ge=0, lt=2**63, description="Seed of the first image; image k has this plus k.")

@@ -180,5 +180,6 @@ def _words(error: ValidationError) -> str:
     place = ".".join(str(part) for part in fault["loc"])
     if fault["type"] != "extra_forbidden":
         return f"{place}={fault['input']!r} is not valid: {fault['msg']}."
-    within: type[BaseModel] = {"limits": Limits, "models": ModelConfig}.get(str(fault["loc"][0]), ServerConfig)
+    folders: dict[str, type[BaseModel]] = {"limits": Limits, "models": ModelConfig}
+    within = folders.get(str(fault["loc"][0]), ServerConfig)
     return f"unknown setting {place!r}; {nearest(str(fault['loc'][-1]), within.model_fields)}"

@@ -75,7 +75,7 @@ async def while_connected(request: Request, work: Awaitable[Found]) -> Found:
         Fault: 499 where the client has left or has cancelled the request.
     """
     server, key = server_of(request), (str(request.state.request_id), caller_of(request))
-    task: asyncio.Task[Found] = asyncio.ensure_future(work)  # type: ignore[assignment]
+    task: asyncio.Task[Found] = asyncio.ensure_future(work)
     gone = asyncio.create_task(_left(request))
     server.running.cancels[key] = task.cancel
     try:

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,8 +17,8 @@ from fastapi.sse import format_sse_event
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
-from ...engine import Event, Result
-from ..backend import Backend
+from ...engine import Event, Future, Result
+from ..backend import Backend, Task
 from ..draw import Drawing, told
 from ..faults import Fault, of_error, wrong
 from ..pictures import encode
@@ -65,7 +66,7 @@ async def edits(request: Request) -> Response:
         raise wrong(f"{len(files['image'])} pictures came in `image`; one is needed.", "image")
     if len(files["mask"]) > 1:
         raise wrong("give one mask.", "mask")
-    task = "inpaint" if files["mask"] else "edit"
+    task: Task = "inpaint" if files["mask"] else "edit"
     backend.check(asked, task)
     most = server.config.limits.upload_pixels
     pictures = await decoded(files["image"], most, "image")
@@ -162,7 +163,7 @@ async def _streamed(request: Request, drawing: Drawing, caller: str) -> Response
         held = stack.pop_all()
 
     async def stream() -> AsyncIterator[bytes]:
-        running.cancels[key] = lambda: [future.cancel() for future in futures]
+        running.cancels[key] = partial(_cancel, futures)
         try:
             async for chunk in _chunks(drawing.events(futures), drawing):
                 yield chunk
@@ -172,6 +173,11 @@ async def _streamed(request: Request, drawing: Drawing, caller: str) -> Response
             running.cancels.pop(key, None)
 
     return _Stream(stream(), held)
+
+
+def _cancel(futures: Sequence[Future]) -> None:
+    for future in futures:
+        future.cancel()
 
 
 async def _chunks(events: AsyncIterator[tuple[int, Event | Result]], drawing: Drawing) -> AsyncIterator[bytes]:
