@@ -14,6 +14,9 @@ from torch import Tensor
 
 Told = Callable[[Tensor | None, Callable[[], Tensor | None]], None]
 
+NUMBERING = ("prompt", "prompt_embeds", "class_labels")
+"""Arguments of pipelines that have one item for each picture."""
+
 _WATCHED: WeakKeyDictionary[Any, Told] = WeakKeyDictionary()
 """Whom to tell of each step of these schedulers."""
 
@@ -80,7 +83,7 @@ def decoded(pipe: Any, clean: Tensor, asked: dict[str, Any]) -> Any:
     if not scale or getattr(config, "latents_mean", None) is not None:
         return None
     try:
-        latents = _unpacked(pipe, clean, asked)
+        latents = _unpacked(pipe, clean[: _pictures(asked)], asked)  # some stack the rows of guidance in their latents
         if latents is None or latents.dim() != 4 or latents.shape[1] != config.latent_channels:
             return None
         with torch.no_grad():
@@ -88,6 +91,13 @@ def decoded(pipe: Any, clean: Tensor, asked: dict[str, Any]) -> Any:
         return _as_images(pipe, picture, asked.get("output_type"))
     except Exception:  # of a pipeline that is not as it seemed; a preview is not worth the request
         return None
+
+
+def _pictures(asked: dict[str, Any]) -> int:
+    """How many pictures a request asks for."""
+    first = next((asked[name] for name in NUMBERING if asked.get(name) is not None), None)
+    count = len(first) if isinstance(first, (list, tuple, Tensor)) else 1
+    return count * int(asked.get("num_images_per_prompt") or 1)
 
 
 def _unpacked(pipe: Any, clean: Tensor, asked: dict[str, Any]) -> Tensor | None:
