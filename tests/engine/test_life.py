@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,21 @@ def test_a_listener_that_exits_gets_no_more_events(case: tiny.Case, caplog: pyte
     with Engine(case.pipe, tiny.VERIFYING, on_event=listen) as engine:
         assert engine.post(**good(case, 0)).result(timeout=30).error is None
     assert any(r.name == "speca.engine" and "listener of request 0" in r.getMessage() for r in caplog.records)
+
+
+def test_warnings_of_the_thread_are_in_the_log(case: tiny.Case, caplog: pytest.LogCaptureFixture) -> None:
+    def complain(*_: Any) -> dict[str, Any]:
+        warnings.warn("of this request", stacklevel=1)
+        return {}
+
+    with Engine(case.pipe) as engine, warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        future = engine.post(**good(case, 0), callback_on_step_end=complain)
+        warnings.warn("of this request, in another thread", stacklevel=1)
+        future.result(timeout=30)
+    assert {str(one.message) for one in shown} >= {"of this request", "of this request, in another thread"}
+    texts = [r.getMessage() for r in caplog.records if r.name == "speca.engine"]
+    assert "UserWarning: of this request" in texts and not any("another thread" in text for text in texts)
 
 
 @pytest.mark.parametrize("threaded", [True, False], ids=["thread", "generate"])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from ..errors import CancelledError, ConfigError, EngineClosedError
 from .future import Future
-from .log import logger
+from .log import logged, logger
 from .loop import Loop
 from .turn import Turn
 
@@ -97,7 +97,7 @@ class Driver:
             return
         if self._loop.busy or self._inbox:
             raise ConfigError("a loop over engine.generate is under way; finish it first, or submit before it.")
-        self._thread = threading.Thread(target=self._serve, name="speca-engine", daemon=True)
+        self._thread = threading.Thread(target=logged()(self._serve), name="speca-engine", daemon=True)
         self._thread.start()
 
     def _cancel(self, index: int) -> None:
