@@ -114,7 +114,7 @@ def test_callers_have_so_many_images_under_way(tmp_path: Path) -> None:
 
 def test_a_queue_that_is_too_long_is_refused_with_an_honest_time(tmp_path: Path) -> None:
     """Of a burst some wait, the others are told when to come again; who does is served."""
-    limits = Limits(wait_s=1.0, per_key=1000)
+    limits = Limits(per_key=1000)
     with serving(config(tmp_path, "emoji-flux", max_batch=2, limits=limits)) as served:
         codes: list[int] = []
         waits: list[int] = []

@@ -20,6 +20,9 @@ Task = Literal["generate", "edit", "inpaint"]
 FULL = SpecaConfig(tolerance=0.0, threshold=0.0)
 """The preset "full": every step is computed."""
 
+LEAST_WAIT = 0.5
+"""Seconds of work that may always lie before a new image."""
+
 OWN = {"num_inference_steps", "preset", "speedup", "tolerance", "seed", "priority", "deadline_s", "size", "prompt"}
 """Fields that need no argument of the pipeline's own by that name."""
 
@@ -35,6 +38,7 @@ class Backend:
         pipes: the pipeline of each task; they share their models.
         base: arguments that every request of this model is given.
         classes: names of a class-conditional model's classes and their numbers; empty for others.
+        alone: seconds that an image with the default settings took on the idle engine.
         error: why it could not be loaded.
         ready: whether it takes requests.
     """
@@ -45,6 +49,7 @@ class Backend:
     pipes: dict[Task, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
+    alone: float = 0.0
     error: str = ""
     ready: bool = False
 
@@ -85,9 +90,9 @@ class Backend:
 
         prompt = next(iter(self.classes), "0" if "prompt" not in self.takes["generate"] else "warm-up")
         shape = VideoRequest if self.task == "video" else ImageRequest
-        for preset in ("balanced", "full"):
+        for preset in ("full", None, None):  # what is learnt from the first ones makes the last one fast
             request = shape(prompt=prompt, preset=preset, num_inference_steps=min(self.config.steps, self.limits.steps))
-            self.running.warm(**self.asked(request, "generate", 0))
+            self.alone = self.running.warm(**self.asked(request, "generate", 0)).seconds
 
     def close(self) -> None:
         """Cancel what is under way, and end the engine."""
@@ -160,6 +165,11 @@ class Backend:
         return name in OWN or name in takes
 
     # ------------------------------------------------------------------------------------------- requests
+    def most_wait(self, request: Asked) -> float:
+        """Return how many seconds of work may lie before a new image."""
+        alone = self.alone * (request.num_inference_steps or self.config.steps) / self.config.steps
+        return min(self.limits.wait_s, max(LEAST_WAIT, (self.limits.slowdown - 1) * alone))
+
     def demand_ready(self) -> None:
         """Raise `Fault` 503 if the model takes no requests."""
         if not self.ready:

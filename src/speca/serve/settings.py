@@ -36,10 +36,14 @@ class Limits(_Strict):
     )
     priority: int = Field(3, ge=0, description="Largest priority that a client may ask for, and smallest if negative.")
     deadline_s: float = Field(600.0, gt=0, description="Longest time that an image may take, in seconds.")
+    slowdown: float = Field(
+        3.0,
+        gt=1,
+        description="An image is refused with 429 where requests before it would make it take more than so many times "
+        "as long as on an idle server, at least half a second more.",
+    )
     wait_s: float = Field(
-        60.0,
-        gt=0,
-        description="Longest time that a new image is expected to wait, in seconds; beyond it is refused with 429.",
+        60.0, gt=0, description="Longest time that a new image is expected to wait in any case, in seconds."
     )
     per_key: int = Field(
         32, ge=1, description="Most images and jobs that one API key, or one address without keys, may have under way."

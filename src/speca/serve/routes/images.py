@@ -46,7 +46,9 @@ async def generations(request: Request) -> Response:
     asked = parse(ImageRequest, json_of(body))
     backend = _image_model(server, asked)
     backend.check(asked, "generate")
-    return await _answer(request, Drawing(backend, "generate", asked, (), server.metrics, _most_wait(server)), body)
+    return await _answer(
+        request, Drawing(backend, "generate", asked, (), server.metrics, backend.most_wait(asked)), body
+    )
 
 
 @router.post("/v1/images/edits", openapi_extra={
@@ -75,7 +77,7 @@ async def edits(request: Request) -> Response:
         *(_mask(m, pictures[0]) for m in await decoded(files["mask"], most, "mask")),
     ]
     _demand_size(pictures[0], server)
-    drawing = Drawing(backend, task, asked, pictures, server.metrics, _most_wait(server))
+    drawing = Drawing(backend, task, asked, pictures, server.metrics, backend.most_wait(asked))
     body = json.dumps(fields, sort_keys=True).encode() + b"".join(files["image"] + files["mask"])
     return await _answer(request, drawing, body)
 
@@ -229,10 +231,6 @@ def _image_model(server: Server, asked: Pictures) -> Backend:
     if backend.task != "image":
         raise wrong(f"{backend.name} makes videos; ask for them at /v1/videos.", "model")
     return backend
-
-
-def _most_wait(server: Server) -> float:
-    return server.config.limits.wait_s
 
 
 def _mask(mask: Image.Image, picture: Image.Image) -> Image.Image:
