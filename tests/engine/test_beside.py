@@ -67,7 +67,7 @@ def test_others_go_on_while_full_steps_are_searched(slow: Slow) -> None:
     for one, other in zip((found, short), oracle, strict=True):
         assert decisions(one) == decisions(other) and distance(one, other) < CLOSE
     assert "A" in decisions(found)[0]
-    assert slow.threads[0].startswith("speca-engine-beside") and set(slow.threads[1:]) == {"speca-engine"}
+    assert slow.threads[0].startswith("speca-engine-search") and set(slow.threads[1:]) == {"speca-engine"}
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline", "close"])
@@ -117,10 +117,10 @@ def test_generate_waits_for_it_without_a_thread_of_its_own(slow: Slow) -> None:
 def test_what_ends_at_once_is_there_at_once() -> None:
     beside, woken = Beside(), threading.Event()
     beside.wake = woken.set
-    beside.start(3, lambda: 7)
+    beside.start(3, lambda: 7, "search")
     assert woken.wait(10) and beside.ready and beside.taken() == [(3, 7, None)] and not beside.busy
     go = threading.Event()
-    beside.start(4, go.wait)
+    beside.start(4, go.wait, "search")
     beside.drop(4)
     assert not beside.busy and beside.taken() == []
     go.set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -276,8 +275,18 @@ def test_a_second_engine_on_a_pipeline_is_refused(case: tiny.Case) -> None:
         assert engine.post(**good(case, 0)).result(timeout=30).report is not None, "the first one is as it was"
     with Engine(case.pipe) as other:
         assert other.alive
-    Engine(case.pipe, mode="one-at-a-time")  # nobody keeps it
-    gc.collect()
+
+
+def test_an_engine_that_nobody_keeps_ends_when_its_requests_have(held: Held) -> None:
+    case = tiny.flux()
+    future = Engine(case.pipe).post(**good(case, 0), callback_on_step_end=held)
+    (thread,) = [t for t in threading.enumerate() if t.name == "speca-engine"]
+    assert held.reached.wait(30)
+    held.go.set()
+    assert future.result(timeout=30).error is None
+    thread.join(30)
+    assert not thread.is_alive() and ATTRIBUTE not in case.transformer.__dict__
+    Engine(case.pipe, mode="one-at-a-time")  # one without a thread is gone at once
     Engine(case.pipe).close()
 
 

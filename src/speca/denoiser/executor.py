@@ -74,8 +74,9 @@ class Executor:
         """Return numbers (n,) from the device; the only thing that waits for it."""
         return [float(number) for number in numbers.tolist()]
 
-    def compute(self, function: Callable[[], T]) -> T:
-        """Return what a function gives that may take long and runs no model; an engine serves others meanwhile."""
+    def compute(self, function: Callable[[], T], lane: str) -> T:
+        """Return what a function gives that may take long and runs no model; an engine serves others meanwhile. What
+        is of one `lane` runs one after the other."""
         return function()
 
     def now(self) -> float:

@@ -203,7 +203,7 @@ class Run:
         self._settled = True
         recorder, self.player.recorder = self.player.recorder, None
         # What is known is read from files, by a fingerprint of the model.
-        known = self.executor.compute(partial(self._find, recorder)) if self._uses_prior else None
+        known = self.executor.compute(partial(self._find, recorder), "find") if self._uses_prior else None
         if self.kind is not None and known is None and self.config.prior != "generic" and recorder is not None:
             self.learning = self.knowledge.should_learn(self.kind)
         if self.learning:
@@ -275,7 +275,7 @@ class Run:
         if prior is None:  # a budget alone is spent evenly
             return None if c.tolerance else frozenset(begin + s for s in even(rest, left, self.player.flow))
         search = partial(self._searched, *_rest(prior, steps, begin), left)
-        found = search() if rest <= SEARCHED_AT_ONCE else self.executor.compute(search)
+        found = search() if rest <= SEARCHED_AT_ONCE else self.executor.compute(search, "search")
         return frozenset(begin + s for s in found.steps) if found else None
 
     def _searched(self, prior: Prior, steps: tuple[Transition, ...], left: int) -> Placement | None:

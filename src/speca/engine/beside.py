@@ -10,12 +10,8 @@ AT_ONCE = 0.005
 """Seconds that are waited for a result: most of what is asked for was found before."""
 
 
-THREADS = 2
-"""One for a long search, one for what is short. More would take time from the engine, as Python runs one at a time."""
-
-
 class Beside:
-    """Runs functions in background threads, made when they are first needed.
+    """Runs functions in background threads, one for each lane, made when they are first needed.
 
     Attributes:
         wake: called in one of them whenever a function has ended.
@@ -23,7 +19,7 @@ class Beside:
 
     def __init__(self) -> None:
         self.wake: Callable[[], None] = lambda: None
-        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._pools: dict[str, concurrent.futures.ThreadPoolExecutor] = {}
         self._under_way: dict[int, concurrent.futures.Future[Any]] = {}
 
     @property
@@ -36,12 +32,12 @@ class Beside:
         """Whether a result is there to be taken."""
         return any(future.done() for future in list(self._under_way.values()))
 
-    def start(self, index: int, function: Callable[[], Any]) -> None:
-        """Run a function for a request."""
+    def start(self, index: int, function: Callable[[], Any], lane: str) -> None:
+        """Run a function for a request, after others of its lane: a short one does not wait for a long search."""
         try:
-            if self._pool is None:
-                self._pool = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="speca-engine-beside")
-            future = self._pool.submit(function)
+            if lane not in self._pools:
+                self._pools[lane] = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"speca-engine-{lane}")
+            future = self._pools[lane].submit(function)
         except RuntimeError:  # the process is about to end, and takes no more work for other threads
             future = _called(function)
         self._under_way[index] = future
@@ -63,9 +59,9 @@ class Beside:
 
     def close(self) -> None:
         """Let the threads end when they are done with what they do."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._pools.clear()
         self._under_way.clear()
 
 

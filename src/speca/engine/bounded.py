@@ -12,7 +12,7 @@ MOST = 512
 
 
 class Bounded(OrderedDict[K, V]):
-    """Keeps the entries that were set or read last, `most` of them."""
+    """Keeps the entries that were set, or read by their key in brackets, last: `most` of them."""
 
     def __init__(self, most: int = MOST) -> None:
         super().__init__()

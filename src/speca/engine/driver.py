@@ -38,9 +38,10 @@ class Driver:
         self._thread: threading.Thread | None = None
         self._owner: int | None = None  # the thread that goes through `generate`
         self._refusal = ""  # why no more requests are taken
-        self._closing = self._ended = False
+        self._closing = self._ended = self._left = False
         self._process = os.getpid()
-        loop.beside.wake = self._wake
+        wake = weakref.WeakMethod(self._wake)  # so that nothing but its engine, or its thread, keeps it
+        loop.beside.wake = lambda: (found := wake()) and found()
         _OPEN.add(self)
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -160,8 +161,8 @@ class Driver:
         try:
             while True:
                 with self._condition:
-                    self._condition.wait_for(lambda: self._inbox or self._loop.busy or self._closing)
-                    if self._closing:
+                    self._condition.wait_for(lambda: self._inbox or self._loop.busy or self._closing or self._left)
+                    if self._closing or not (self._inbox or self._loop.busy):
                         break
                 self._guarded_round()
             self._stop()
@@ -192,6 +193,12 @@ class Driver:
         left = None if until is None else max(0.0, until - time.perf_counter())
         with self._condition:
             return self._condition.wait_for(lambda: not self._under_way, left)
+
+    def leave(self) -> None:
+        """Let the thread end once it has nothing to do: nobody has the engine any more, but for futures of it."""
+        with self._condition:
+            self._refusal, self._left = self._refusal or CLOSED, True
+            self._condition.notify_all()
 
     def demand_open_or_draining(self) -> None:
         """Raise `EngineClosedError` where there is nothing that could end."""

@@ -33,8 +33,8 @@ AHEAD = 2
 WARM_STEPS = 8
 """Steps of a request by which an engine is warmed."""
 
-_ENGINES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = weakref.WeakKeyDictionary()
-"""The engine of each model: two would run it at the same time."""
+_DRIVERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Driver]] = weakref.WeakKeyDictionary()
+"""Of the engine of each model: two would run it at the same time."""
 
 
 class Engine:
@@ -117,8 +117,9 @@ class Engine:
         self._loop, self._names, self._on_event = Loop(pipe, scheduler), arguments_of(pipe), on_event
         self._driver = Driver(self._loop, partial(_released, pipe, self._loop.accelerators, enabled))
         self._numbers = itertools.count()
+        weakref.finalize(self, self._driver.leave).atexit = False
         for accelerator in self._loop.accelerators:
-            _ENGINES[accelerator.model] = weakref.ref(self)
+            _DRIVERS[accelerator.model] = weakref.ref(self._driver)
             accelerator.caller(pipe).executor = Direct(self._driver.turn)
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -316,7 +317,7 @@ class _Feed:
 def _demand_free(pipe: Any) -> None:
     """Refuse a pipeline whose models another engine runs. Raises `ConfigError`."""
     for model in pipe.components.values():
-        other = _ENGINES[model]() if isinstance(model, nn.Module) and model in _ENGINES else None
+        other = _DRIVERS[model]() if isinstance(model, nn.Module) and model in _DRIVERS else None
         if other is not None and other.alive:
             raise ConfigError(
                 f"an engine runs the {type(model).__name__} of this {type(pipe).__name__} already, and two would "
@@ -329,7 +330,7 @@ def _released(pipe: Any, accelerators: Sequence[Accelerator], enabled: bool) -> 
     from ..diffusers.enable import disable
 
     for accelerator in accelerators:
-        _ENGINES.pop(accelerator.model, None)
+        _DRIVERS.pop(accelerator.model, None)
         accelerator.caller(pipe).executor = Executor()
     if enabled:
         disable(pipe)

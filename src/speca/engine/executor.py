@@ -33,9 +33,10 @@ class Read:
 
 @dataclass(frozen=True)
 class Compute:
-    """Something that takes long and runs no model."""
+    """Something that takes long and runs no model; what is of one `lane` runs one after the other."""
 
     function: Callable[[], Any]
+    lane: str
 
 
 Question = Evaluation | Plain | Read | Call | Compute
@@ -81,9 +82,9 @@ class RequestExecutor(Executor):
         self._scheduler.forward = max(self._scheduler.forward, peak.most // rows)
         return found
 
-    def compute(self, function: Callable[[], T]) -> T:
+    def compute(self, function: Callable[[], T], lane: str) -> T:
         """Return what a function gives; it runs in another thread, and other requests go on meanwhile."""
-        found: T = self._ask(Compute(function))
+        found: T = self._ask(Compute(function, lane))
         return found
 
     def now(self) -> float:

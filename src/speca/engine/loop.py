@@ -37,8 +37,7 @@ class Live:
 
     Attributes:
         future: whom it is for.
-        pipe: its copy of the pipeline.
-        caller: the run that is under way.
+        caller: its copy of the pipeline, with the run that is under way.
         step: index of the last step that it has asked for, -1 before the first.
         kind: the kind of forward that it waits for.
         drafted: the inputs of its last checked draft, by identity: a full forward of the same ones redoes it.
@@ -46,7 +45,6 @@ class Live:
     """
 
     future: Future
-    pipe: Any = None
     caller: Caller | None = None
     step: int = -1
     kind: Kind = "full"
@@ -176,7 +174,7 @@ class Loop:
         executor = RequestExecutor(self.meet, self.scheduler)
 
         def begun(mine: Any, caller: Caller) -> None:
-            live.pipe, live.caller = mine, caller
+            live.caller = caller
             if self.scheduler.component_batch > 1:
                 adopt(mine, self.forwards.components, executor.component, [a.model for a in self.accelerators])
 
@@ -226,7 +224,7 @@ class Loop:
         if isinstance(question, Read):
             self._readings[index] = question
         elif isinstance(question, Compute):
-            self.beside.start(index, question.function)
+            self.beside.start(index, question.function, question.lane)
         elif isinstance(question, Plain):
             self.live[index].kind = "full"
             self.scheduler.post(index, Lane.FULL, ("alone", index), step=-1)
