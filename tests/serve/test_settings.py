@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from speca.cli.main import app
+from speca.cli.serve import command
 from speca.errors import ConfigError
 from speca.serve import main, settings
 from speca.serve.settings import Limits, ModelSettings, ServerConfig, read
@@ -31,7 +33,9 @@ def test_every_setting_has_a_flag_with_its_range(chosen: list[ServerConfig]) -> 
     names = [n for n in ServerConfig.model_fields if n not in ("models", "limits")]
     names += [f"limit-{n}" for n in Limits.model_fields]
     assert {f"--{name.replace('_', '-')}" for name in names} <= flags
-    assert "[0 to 65535]" in shown and "[more than 0]" in shown and "[4 or more]" in shown
+    about = {name: p.annotation.__metadata__[0].help for name, p in inspect.signature(command()).parameters.items()}
+    assert about["port"].endswith("[0 to 65535] Default: 8000.") and "[more than 0]" in about["keep_s"]
+    assert "[4 or more]" in about["limit_steps"] and about["host"].endswith("Default: 127.0.0.1.")
 
 
 def test_flags_win_over_the_file(chosen: list[ServerConfig], tmp_path: Path) -> None:
