@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,9 @@ from .future import Result
 from .scheduler import Batch, Lane, Scheduler
 
 Kind = Literal["draft", "full", "redone", "component"]
+TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Seconds that bound the bins of a lane's `times`."""
+
 KEPT = 100_000
 """Forwards of single requests that are remembered for the picture; older ones are forgotten."""
 
@@ -22,6 +26,7 @@ class LaneCount:
     Attributes:
         batches, rows: how many forwards were run, and of how many rows in all.
         seconds: how long they took.
+        times: how many of them took so long: at most each of `TIMES`, and longer than all.
         waited: rounds that the requests in them had waited, all together; `longest`: the most that one had waited.
     """
 
@@ -31,6 +36,7 @@ class LaneCount:
     seconds: float = 0.0
     waited: int = 0
     longest: int = 0
+    times: list[int] = field(default_factory=lambda: [0] * (len(TIMES) + 1))
 
     def to_dict(self, most: int) -> dict[str, Any]:
         """Plain values, with means and the share of the `most` rows of a batch that was used."""
@@ -99,6 +105,7 @@ class Records:
         lane = self.lanes[batch.lane]
         lane.batches, lane.rows, lane.calls = lane.batches + 1, lane.rows + batch.rows, lane.calls + len(batch.tickets)
         lane.seconds += seconds
+        lane.times[bisect.bisect_left(TIMES, seconds)] += 1
         self._batches += 1
         for ticket, kind in zip(batch.tickets, kinds, strict=True):
             waited = tick - ticket.since - 1  # what is wanted in one tick can run in the next one at the soonest

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,23 +73,17 @@ class Drawing:
             raise busy(wait - self.most_wait, text)
 
     async def results(self) -> list[Result]:
-        """Return the results of all its images. If one fails, or nobody waits any more, the others are cancelled."""
-        futures = self.post()
-        try:
-            found = await asyncio.gather(*(_awaited(future) for future in futures))
-        except asyncio.CancelledError:
-            self.metrics.cancelled.labels("client").inc(len(futures))
-            raise
-        except Exception as error:
-            raise of_error(error) from error
-        finally:
-            for future in futures:
-                future.cancel()  # harmless where it has ended
-        for result in found:
-            self.metrics.ended(self.backend.name, result)
-        return found
+        """Return the results of all its images.
 
-    async def events(self, futures: Sequence[Future]) -> AsyncIterator[tuple[int, Event | Result]]:
+        Raises:
+            Fault: what one of them failed with; the others are cancelled then, as all are if nobody waits any more.
+        """
+        events = self.events(self.post())
+        async with aclosing(events):
+            found = {number: what async for number, what in events if isinstance(what, Result)}
+        return [found[number] for number in range(self.count)]
+
+    async def events(self, futures: Sequence[Future]) -> AsyncGenerator[tuple[int, Event | Result], None]:
         """Yield what happens to each image, by its number, and its result at its end; `futures` are those of `post`.
 
         Raises:
@@ -120,10 +114,6 @@ class Drawing:
                 elif what.kind == "step" and what.step == 1 and what.image is None:
                     self.metrics.first_step.labels(self.backend.name).observe(what.time)
                 yield number, what
-
-
-async def _awaited(future: Future) -> Result:
-    return await future
 
 
 def _give_up(futures: Sequence[Future], tasks: Sequence[asyncio.Task[None]], metrics: Metrics) -> None:

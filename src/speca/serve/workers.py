@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any
 
 from ..engine import Result
@@ -18,6 +19,9 @@ from .schema import Asked, EditRequest, ImageRequest, Pictures, VideoRequest
 
 AT_ONCE = 8
 """Jobs that are handed to the engines at a time; they have the lowest priority there."""
+
+TOLD_S = 0.5
+"""Seconds between two notes of a job's progress."""
 
 SHAPES: dict[str, type[Asked]] = {"video": VideoRequest, "image": ImageRequest, "edit": EditRequest}
 """Which form the request of a job has, by its `form`."""
@@ -98,14 +102,15 @@ class Workers:
         results: dict[int, Result] = {}
         shares = [0.0] * drawing.count
         told_at = 0.0
-        async for number, what in drawing.events(drawing.post()):
-            if isinstance(what, Result):
-                results[number] = what
-            elif what.total:
-                shares[number] = what.step / what.total
-                if (now := time.monotonic()) - told_at > 0.5:
-                    told_at = now
-                    await asyncio.to_thread(self._jobs.change, job.id, progress=sum(shares) / len(shares))
+        async with aclosing(drawing.events(drawing.post())) as events:
+            async for number, what in events:
+                if isinstance(what, Result):
+                    results[number] = what
+                elif what.total:
+                    shares[number] = what.step / what.total
+                    if (now := time.monotonic()) - told_at > TOLD_S:
+                        told_at = now
+                        await asyncio.to_thread(self._jobs.change, job.id, progress=sum(shares) / len(shares))
         ordered = [results[k] for k in sorted(results)]
         return await asyncio.to_thread(_files, request, ordered), [told(result) for result in ordered]
 

@@ -7,7 +7,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from functools import partial
 from typing import Any
 
@@ -167,8 +167,9 @@ async def _streamed(request: Request, drawing: Drawing, caller: str) -> Response
     async def stream() -> AsyncIterator[bytes]:
         running.cancels[key] = partial(_cancel, futures)
         try:
-            async for chunk in _chunks(drawing.events(futures), drawing):
-                yield chunk
+            async with aclosing(drawing.events(futures)) as events:
+                async for chunk in _chunks(events, drawing):
+                    yield chunk
         except Exception as error:
             yield format_sse_event(event="error", data_str=json.dumps(of_error(error).body))
         finally:
