@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -211,7 +212,40 @@ def test_metrics_are_counted(served: Served) -> None:
     assert gained("speca_total_seconds_count", model="fashion-dit") == 1
     assert gained("speca_http_answers_total", path="/v1/images/generations", status="200") == 1
     assert gained("speca_engine_done_total", model="fashion-dit") == 1
+    assert gained("speca_first_step_seconds_count", model="fashion-dit") == 1
+    assert gained("speca_lane_seconds_count", model="fashion-dit", lane="full") == full
     assert after["speca_engine_alive", "fashion-dit"] == 1
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(served: Served) -> None:
+    names = {name for name, *_ in _metrics(served)} | {"speca_refused_total", "speca_cancelled_total"}
+    board = (Path(__file__).parents[2] / "examples" / "serve" / "grafana.json").read_text(encoding="utf-8")
+    asked = {name.replace("_bucket", "_count") for name in re.findall(r"speca_\w+", board)}
+    assert len(asked) > 8 and asked <= names, asked - names
+
+
+def test_the_api_describes_itself(served: Served) -> None:
+    paths = httpx.get(f"{served.url}/openapi.json").json()["paths"]
+    body = paths["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
+    assert body["example"]["prompt"] and "num_inference_steps" in body["schema"]["properties"]
+    assert {"/v1/images/edits", "/v1/videos/{name}/content", "/v1/requests/{request_id}", "/metrics"} <= set(paths)
+
+
+def test_a_load_is_measured(served: Served) -> None:
+    """`speca load` against the server: figures of all that was answered, and the images it compares."""
+    from typer.testing import CliRunner
+
+    from speca.cli.main import app
+
+    arguments = ["load", served.url, "--model", "fashion-dit", "--rate", "8", "--seconds", "2", "--prompt", "bag",
+                 "--prompt", "coat", "--compared", "2", "--speedup", "3", "--json"]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["images"] > 3 and found["failed"] == 0 and 0 < found["full_share"] <= 1 / 3
+    assert found["seconds"]["p50"] <= found["seconds"]["p99"] and 15 < found["psnr"]["median"] < 100
+    wrong = CliRunner().invoke(app, ["load", "http://127.0.0.1:9", "--prompt", "x"])
+    assert wrong.exit_code == 2 and "there is no server at" in wrong.stderr
 
 
 def _metrics(served: Served) -> dict[tuple[str, ...], float]:

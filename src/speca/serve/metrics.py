@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..engine import Engine, Result
+from ..engine.records import TIMES
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
@@ -84,9 +86,10 @@ class _OfEngines(Collector):
         }  # fmt: skip
         sums = {n: CounterMetricFamily(f"speca_engine_{n}", t, labels=["model"]) for n, t in counts.items()}
         lanes = {
-            n: CounterMetricFamily(f"speca_lane_{n}", f"{n.capitalize()} of a lane.", labels=["model", "lane"])
-            for n in ("batches", "rows", "seconds", "waited")
+            n: CounterMetricFamily(f"speca_lane_{n}", text, labels=["model", "lane"])
+            for n, text in {"rows": "Rows of batches.", "waited": "Rounds that requests waited for batches."}.items()
         }
+        times = HistogramMetricFamily("speca_lane_seconds", "Seconds of batches.", labels=["model", "lane"])
         for model, engine in self._engines():
             found: dict[str, Any] = {**engine.statistics, "alive": float(engine.alive)}
             for name, family in own.items():
@@ -96,4 +99,7 @@ class _OfEngines(Collector):
             for lane, counted in found["lanes"].items():
                 for name, total in lanes.items():
                     total.add_metric([model, lane], counted[name])
-        return [*own.values(), *sums.values(), *lanes.values()]
+                bounds = [*map(str, TIMES), "+Inf"]
+                buckets = list(zip(bounds, accumulate(counted["times"]), strict=True))
+                times.add_metric([model, lane], buckets, sum_value=counted["seconds"])
+        return [*own.values(), *sums.values(), *lanes.values(), times]
