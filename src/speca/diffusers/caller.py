@@ -94,7 +94,8 @@ class Caller:
         scheduler = self.clock.scheduler()
         if scheduler is None:
             return Response(reason="the scheduler is not known; pass scheduler= to speca.enable")
-        found = scheduler_response(scheduler, self.begin, **step_arguments())
+        options = step_arguments()  # read from the calling frames, so here
+        found = self.executor.compute(lambda: scheduler_response(scheduler, self.begin, **options), "sampler")
         steps = len(found.transitions)
         if steps and steps != total:
             reason = f"{type(scheduler).__name__} has {steps} timesteps for {total} steps"
