@@ -146,7 +146,7 @@ def test_an_engine_measures_and_is_warmed(case: tiny.Case) -> None:
         (dict(height=-16), "height=-16 is not valid"),
         (dict(num_images_per_prompt=True), "num_images_per_prompt=True is not valid"),
         (dict(scheduler="x"), "scheduler='x' is no scheduler of diffusers"),
-        (dict(preview="picture"), "preview='picture' is not valid; use True for latents, or 'image'"),
+        (dict(preview="picture"), "preview='picture' is not valid; use True for latents, or a number of images"),
         (dict(priority=None), "priority=None must be a whole number"),
     ],
 )

@@ -49,8 +49,8 @@ class Engine:
 
     A request is a dictionary of the pipeline's own arguments, and of `preset`, `tolerance`, `speedup`, `threshold` or
     `settings` (any fields of `SpecaConfig`), `generator_seed`, `scheduler`, `priority`, `deadline` (seconds),
-    `preview` (True for latents, or "image"), `id`, and `pipe`: another pipeline of the same models, such as
-    `StableDiffusionImg2ImgPipeline.from_pipe(pipe)`, whose requests run together with the others.
+    `preview` (True for latents at each step, or how many images), `id`, and `pipe`: another pipeline of the same
+    models, such as `StableDiffusionImg2ImgPipeline.from_pipe(pipe)`, whose requests run together with the others.
 
     The pipeline is accelerated as by `speca.enable` until `close`. A direct call of it runs its model between the
     rounds of the engine, and slows it; it is refused if a round takes longer than a minute.

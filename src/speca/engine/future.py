@@ -38,7 +38,7 @@ class Event:
         error: why it failed.
         clean: after a step of a request with `preview=True`, the scheduler's prediction of the finished sample:
             latents as the pipeline holds them.
-        image: with `preview="image"`, that prediction of an earlier step as the pipeline would return it; `step` is
+        image: with `preview=N`, that prediction of an earlier step as the pipeline would return it; `step` is
             the step that it belongs to. It comes in events of its own.
     """
 

@@ -71,17 +71,19 @@ def play(
 
 def _follow(future: Future, caller: Caller, finite: Finite) -> Told:
     """What is done after each step of a request's scheduler: tell how far it is, and whether it may go on."""
-    done, preview = 0, future.request.preview
+    done, due, preview = 0, 0, future.request.preview
 
     def tell(sample: Tensor | None, clean: Callable[[], Tensor | None]) -> None:
-        nonlocal done
+        nonlocal done, due
         done += 1
         finite.note("last sample", sample)
         total = caller.run.total if caller.run is not None else 0
         step = min(done, total) if total else done
-        shown = clean() if preview is not None and future.heard else None
-        if preview == "image" and shown is not None:
-            future.shown, shown = (step, shown), None
+        shown = clean() if preview == "latents" and future.heard else None
+        if isinstance(preview, int) and step * (preview + 1) >= total * (due + 1) and due < preview:
+            due += 1  # images are spread evenly over the steps
+            if future.heard and (found := clean()) is not None:
+                future.shown = step, found
         if shown is not None:
             future.tell("step", step, total, clean=shown)
         else:

@@ -27,7 +27,7 @@ COUNTS = (
 
 STEPS = "num_inference_steps"
 
-Preview = Literal["latents", "image"]
+Preview = Literal["latents"] | int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class Request:
         scheduler: used in place of the pipeline's own, or None; it is copied.
         priority: requests of higher priority start sooner; one level counts as 32 rounds of waiting.
         deadline: seconds after which it is given up, None for never.
-        preview: what its events carry of the finished sample as it is predicted at each step: nothing (None), the
-            latents, or the image.
+        preview: what its events carry of the finished sample as it is predicted on the way: nothing (None), the latents
+            at each step, or so many images, evenly over the steps.
         id: a name that the user gives it.
         pipe: a pipeline that is run in place of the engine's, with the same models: one that begins with a picture.
     """
@@ -88,7 +88,7 @@ class Request:
             scheduler=own.get("scheduler"),
             priority=own.get("priority", 0),
             deadline=own.get("deadline"),
-            preview="image" if preview == "image" else "latents" if preview else None,
+            preview="latents" if preview is True else preview or None,
             id=own.get("id"),
             pipe=own.get("pipe"),
         )
@@ -177,8 +177,8 @@ def _demand_own(own: dict[str, Any]) -> None:
         raise InputError(
             f"scheduler={scheduler!r} is no scheduler of diffusers; pass an object such as pipe.scheduler."
         )
-    if preview not in (None, False, True, "image"):
-        raise InputError(f"preview={preview!r} is not valid; use True for latents, or 'image'.")
+    if preview is not None and (not isinstance(preview, int) or preview < 0):
+        raise InputError(f"preview={preview!r} is not valid; use True for latents, or a number of images.")
 
 
 def _is_number(value: Any) -> bool:

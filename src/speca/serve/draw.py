@@ -53,12 +53,11 @@ class Drawing:
         if self.request.seed is None:  # one seed was drawn for each; they shall follow each other
             first = asked[0]["generator_seed"]
             asked = [{**one, "generator_seed": first + k} for k, one in enumerate(asked)]
-        preview: Any = "image" if previews else False
         futures: list[Future] = []
         with _refusals(self.metrics):
             self._demand_room()
             try:
-                futures.extend(engine.post(**one, preview=preview) for one in asked)
+                futures.extend(engine.post(**one, preview=previews) for one in asked)
             except BaseException:
                 for future in futures:
                     future.cancel()

@@ -194,17 +194,11 @@ async def _chunks(events: AsyncIterator[tuple[int, Event | Result]], drawing: Dr
                 f"{kind}.completed", asked, what.images[0], index=number, usage=USAGE, speca=told(what)
             )
         elif what.kind == "step" and what.image is not None:
-            if _is_due(what, shown[number], asked.partial_images):
-                sent = {"index": number, "partial_image_index": shown[number]}
-                yield await _picture(f"{kind}.partial_image", asked, what.image, **sent)
-                shown[number] += 1
+            sent = {"index": number, "partial_image_index": shown[number]}
+            yield await _picture(f"{kind}.partial_image", asked, what.image, **sent)
+            shown[number] += 1
         elif what.kind == "step" and asked.stream_progress:
             yield _event("speca.progress", index=number, step=what.step, total=what.total)
-
-
-def _is_due(event: Event, sent: int, wanted: int) -> bool:
-    """Whether a preview is the next one to be sent: they are spread evenly over the steps."""
-    return sent < wanted and event.step * (wanted + 1) >= event.total * (sent + 1)
 
 
 async def _picture(name: str, asked: Pictures, image: Any, **more: Any) -> bytes:
