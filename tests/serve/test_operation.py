@@ -90,7 +90,13 @@ def test_bodies_are_bounded(served: Served) -> None:
 
         assert http.post("/v1/images/generations", content=endless()).status_code == 413
         assert http.post("/v1/images/generations", content=b"{").json()["error"]["code"] == "invalid_json"
-        assert http.post("/v1/images/generations", content=b"[1]").status_code == 400
+        for content, words in ((b"[1]", "no JSON object"), (b"[" * 100_000, "no valid JSON"),
+                               (b'{"model": "fashion-dit", "prompt": "\\ud800"}', "half a character"),
+                               (b'{"model": "fashion-dit", "prompt": "bag", "guidance_scale": 1e400}', "guidance_scale"),
+                               (b'{"model": "fashion-dit", "prompt": "bag", "guidance_scale": NaN}', "guidance_scale"),
+                               ):  # fmt: skip
+            told = http.post("/v1/images/generations", content=content)
+            assert told.status_code == 400 and words in told.json()["error"]["message"], told.text
         assert http.get("/v1/nothing").json()["error"]["code"] == "not_found"
         assert http.get("/v1/images/generations").status_code == 405
 
@@ -102,6 +108,27 @@ def test_large_pictures_are_refused_before_they_are_decoded(served: Served) -> N
         f"{served.url}/v1/images/edits", data={"model": "emoji-flux", "prompt": "x"}, files={"image": file.getvalue()}
     )
     assert answer.status_code == 400 and "8000x8000" in answer.json()["error"]["message"]
+
+
+def test_sizes_that_a_pipeline_refuses_are_the_clients_fault(tmp_path: Path) -> None:
+    with serving(config(tmp_path, "emoji-unet")) as served:
+        fields = {"prompt": "red apple", "size": "65x64"}
+        answer = httpx.post(f"{served.url}/v1/images/generations", json=fields, timeout=60)
+        assert answer.status_code == 400 and "divisible by 8" in answer.json()["error"]["message"]
+
+
+def test_jobs_let_others_go_first(served: Served) -> None:
+    """Long jobs under way do not make the server refuse an image, nor are they finished before it."""
+    fields = {"model": "emoji-flux", "prompt": "moon", "num_inference_steps": 60, "preset": "full", "n": 10}
+    job = httpx.post(f"{served.url}/v1/jobs", json=fields).json()
+    until(lambda: live(served) >= 10)
+    answer = httpx.post(
+        f"{served.url}/v1/images/generations", json={"model": "emoji-flux", "prompt": "moon"}, timeout=60
+    )
+    assert answer.status_code == 200
+    assert httpx.get(f"{served.url}/v1/jobs/{job['id']}").json()["status"] == "in_progress"
+    assert httpx.delete(f"{served.url}/v1/jobs/{job['id']}").json()["deleted"]
+    until(lambda: live(served) == 0, 5)
 
 
 def test_callers_have_so_many_images_under_way(tmp_path: Path) -> None:

@@ -196,10 +196,10 @@ class Engine:
         """
         return self._loop.pace.estimate(self._request(asked), self._driver.under_way)
 
-    @property
-    def backlog(self) -> float:
-        """Return about how many seconds the requests under way and queued still need; 0 before any was measured."""
-        return self._loop.pace.backlog(self._driver.under_way)
+    def backlog(self, priority: int = 0) -> float:
+        """Return about how many seconds the requests of this priority, or a higher one, that are under way or queued
+        still need; 0 before any was measured."""
+        return self._loop.pace.backlog(f for f in self._driver.under_way if f.request.priority >= priority)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way, at most `timeout` seconds; returns whether all ended."""

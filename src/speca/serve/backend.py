@@ -165,6 +165,11 @@ class Backend:
         return name in OWN or name in takes
 
     # ------------------------------------------------------------------------------------------- requests
+    @property
+    def lowest(self) -> int:
+        """The priority of jobs, below all that clients may ask for."""
+        return -self.limits.priority - 1
+
     def most_wait(self, request: Asked) -> float:
         """Return how many seconds of work may lie before a new image."""
         alone = self.alone * (request.num_inference_steps or self.config.steps) / self.config.steps

@@ -27,7 +27,8 @@ class Drawing:
         request: what the client has asked for.
         pictures: those that came with it.
         metrics: where it is counted.
-        most_wait: seconds that it may be expected to wait; None for jobs, which may wait as long as it takes.
+        most_wait: seconds that it may be expected to wait; None for jobs, which may wait as long as it takes, and let
+            all others go first.
     """
 
     backend: Backend
@@ -53,9 +54,11 @@ class Drawing:
         if self.request.seed is None:  # one seed was drawn for each; they shall follow each other
             first = asked[0]["generator_seed"]
             asked = [{**one, "generator_seed": first + k} for k, one in enumerate(asked)]
+        if self.most_wait is None:
+            asked = [{**one, "priority": self.backend.lowest} for one in asked]
         futures: list[Future] = []
         with _refusals(self.metrics):
-            self._demand_room()
+            self._demand_room(asked[0]["priority"])
             try:
                 futures.extend(engine.post(**one, preview=previews) for one in asked)
             except BaseException:
@@ -64,8 +67,8 @@ class Drawing:
                 raise
         return futures
 
-    def _demand_room(self) -> None:
-        wait = self.backend.running.backlog
+    def _demand_room(self, priority: int) -> None:
+        wait = self.backend.running.backlog(priority)
         if self.most_wait is not None and wait > self.most_wait:
             self.metrics.refused.labels("wait").inc()
             text = f"the image would have to wait about {wait:.0f} s, more than {self.most_wait:g} s."

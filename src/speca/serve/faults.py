@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -69,13 +70,19 @@ def of_error(error: BaseException) -> Fault:
         if "deadline" in str(error):
             return Fault(504, str(error), code="deadline_exceeded", headers={"x-should-retry": "false"})
         return Fault(CANCELLED, "the request was cancelled.", code="cancelled")
-    if isinstance(error, (InputError, ConfigError)):
+    if isinstance(error, (InputError, ConfigError)) or _refused_by_pipeline(error):
         return wrong(str(error))
     log.error("a request failed", exc_info=error)
     return Fault(
         500, "the request failed inside the server; its log says why, under the request id of this answer.",
         code="internal_error", headers={"x-should-retry": "false"},
     )  # fmt: skip
+
+
+def _refused_by_pipeline(error: BaseException) -> bool:
+    """Whether a pipeline's own check of its arguments has raised an error, such as for a size it cannot draw."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, (ValueError, TypeError)) and any(frame.name == "check_inputs" for frame in frames)
 
 
 def install(app: FastAPI) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from .faults import Fault, busy, wrong
 
-REMEMBERED, REMEMBERED_S = 256, 600.0
-"""Answers kept for repeats with the same idempotency key: how many at most, and for how many seconds."""
+REMEMBERED, REMEMBERED_S = 2**28, 600.0
+"""Answers kept for repeats with the same idempotency key: how many bytes at most, and for how many seconds."""
 
 REPEATED_S = 10.0
 """Seconds for which a request with an idempotency key goes on after its client has left."""
@@ -68,8 +68,7 @@ class Running:
         if key is None:
             return await answer()
         now, digest = time.monotonic(), hashlib.blake2b(body, digest_size=16).digest()
-        while self._answers and (len(self._answers) > REMEMBERED or next(iter(self._answers.values())).until < now):
-            self._answers.popitem(last=False)
+        self._forget(now)
         kept = self._answers.get((caller, key))
         if kept is not None and kept.digest != digest:
             raise wrong(f"the idempotency key {key!r} was used for another request.", "Idempotency-Key")
@@ -78,11 +77,23 @@ class Running:
             kept = self._answers[caller, key] = _Answer(digest, task, now + REMEMBERED_S)
         kept.waiters += 1
         try:
-            return await asyncio.shield(kept.task)
+            found = await asyncio.shield(kept.task)
+            kept.bytes = len(str(found))
+            return found
         finally:
             kept.waiters -= 1
             # A client that lost its connection repeats its request within seconds; only then is the work wanted.
             asyncio.get_running_loop().call_later(REPEATED_S, kept.cancel_if_unwanted)
+
+    def _forget(self, now: float) -> None:
+        """Drop the oldest answers: those that were kept long enough, or are too many."""
+        total = sum(answer.bytes for answer in self._answers.values())
+        while self._answers:
+            oldest = next(iter(self._answers.values()))
+            if oldest.until >= now and total <= REMEMBERED:
+                return
+            total -= oldest.bytes
+            self._answers.popitem(last=False)
 
 
 @dataclass
@@ -91,6 +102,7 @@ class _Answer:
     task: asyncio.Future[Any]
     until: float
     waiters: int = 0
+    bytes: int = 0
 
     def cancel_if_unwanted(self) -> None:
         """Cancel the work if nobody waits for it any more."""

@@ -35,7 +35,7 @@ def json_of(body: bytes) -> dict[str, Any]:
     """Return the JSON object of a body. Raises `Fault` 400 if it is none."""
     try:
         found = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(f"the body is no valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(found, dict):
         raise wrong("the body is no JSON object.", code="invalid_json")
