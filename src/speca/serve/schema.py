@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import nearest
 from .faults import Fault, wrong
@@ -45,17 +45,6 @@ class Asked(BaseModel):
     tolerance: float | None = Field(None, ge=0)
     priority: int = Field(0, description="Higher starts sooner; bounded by the server.")
     deadline_s: float | None = Field(None, gt=0, description="Seconds after which to give up.")
-
-    @field_validator("prompt", "negative_prompt", "model", "user")
-    @classmethod
-    def _demand_text(cls, text: str | None) -> str | None:
-        """JSON can write halves of characters, which are no text."""
-        if text is not None and not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError("it holds half a character, a surrogate without its other half") from None
-        return text
 
     @property
     def width_height(self) -> tuple[int, int] | None:
