@@ -43,6 +43,7 @@ import speca
 from speca import zoo
 from speca.bench import rivals
 from speca.engine import Engine
+from speca.reports.comparison import psnr, quantile
 from speca.reports.measure import example_call, hardware
 from speca.serve import load
 from speca.serve.app import create_app
@@ -156,18 +157,18 @@ def throughput(model: str, count: int, rounds: int) -> dict[str, Any]:
         "ways": {
             way: {
                 "rate": count / median(s for s, _ in spent), "rate_by_the_clock": count / median(s for _, s in spent),
-                "psnr": [float(np.quantile([decibels(a, b) for a, b in zip(images[way], whole, strict=True)], q))
-                         for q in (0.5, 0.05)],
+                "psnr": quality(images[way], whole),
             }
             for way, spent in seconds.items()
         },
     }  # fmt: skip
 
 
-def decibels(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    """PSNR of two pictures in dB; equal ones count as 100."""
-    error = float(np.square(one.astype(float) - other.astype(float)).mean()) / 255**2
-    return min(100.0, -10 * float(np.log10(error))) if error else 100.0
+def quality(found: Images, whole: Images) -> list[float]:
+    """Median and 5th percentile of the PSNR of pictures to those of full runs, in dB."""
+    pairs = (torch.from_numpy(np.stack(images) / 255.0) for images in (found, whole))
+    values = psnr(*pairs).tolist()
+    return [quantile(values, 0.5), quantile(values, 0.05)]
 
 
 # ------------------------------------------------------------------------------------------------ load
@@ -233,8 +234,8 @@ def tables(throughputs: Sequence[dict[str, Any]], loads: Sequence[dict[str, Any]
     for found in throughputs:
         first = found["ways"]["loop, every step full"]["rate"]
         for way, of in found["ways"].items():
-            quality = "" if way == "loop, every step full" else "{:.1f} / {:.1f}".format(*of["psnr"])
-            lines.append(f"| {found['model']} | {way} | {of['rate']:.2f} | {of['rate'] / first:.2f}x | {quality} |")
+            shown = "" if way == "loop, every step full" else "{:.1f} / {:.1f}".format(*of["psnr"])
+            lines.append(f"| {found['model']} | {way} | {of['rate']:.2f} | {of['rate'] / first:.2f}x | {shown} |")
     lines += ["", "| model | load | drawn a second | refused | seconds, P50 / P95 / P99 | told to wait, P50 | PSNR |"]
     lines.append("| --- " * 7 + "|")
     for found in loads:

@@ -18,9 +18,12 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ..errors import InputError
+from ..reports.comparison import psnr, quantile
 
 QUANTILES = (0.5, 0.95, 0.99)
 
@@ -87,13 +90,13 @@ class Outcome:
             "retry_after": _quantiles(self.retry_after),
             "failed": answers - refused - self.statuses[200], "statuses": {str(k): v for k, v in self.statuses.items()},
             "full_share": full / steps if steps else None,
-            "psnr": {"median": float(np.median(self.psnr)), "p5": float(np.quantile(self.psnr, 0.05))}
+            "psnr": {"median": quantile(self.psnr, 0.5), "p5": quantile(self.psnr, 0.05)}
             if self.psnr else None,
         }  # fmt: skip
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    return {f"p{round(100 * q)}": float(np.quantile(values, q)) for q in QUANTILES} if values else None
+    return {f"p{round(100 * q)}": quantile(values, q) for q in QUANTILES} if values else None
 
 
 async def run(load: Load, progress: Callable[[int, int], None] | None = None) -> Outcome:
@@ -106,7 +109,7 @@ async def run(load: Load, progress: Callable[[int, int], None] | None = None) ->
     Raises:
         InputError: there is no server, or it is not ready.
     """
-    chance, outcome, kept = random.Random(load.seed), Outcome(), dict[int, Image.Image]()
+    chance, outcome, kept = random.Random(load.seed), Outcome(), dict[int, Tensor]()
     headers = {"authorization": f"Bearer {load.key}"} if load.key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(base_url=load.url, headers=headers, timeout=load.timeout, limits=limits) as client:
@@ -132,7 +135,7 @@ async def run(load: Load, progress: Callable[[int, int], None] | None = None) ->
         for number in some:
             full = await _drawn(client, {**_fields(load, number), "preset": "full", "speedup": None, "tolerance": None})
             if full is not None:
-                outcome.psnr.append(_psnr(kept[number], full))
+                outcome.psnr.append(float(psnr(kept[number], full)))
     return outcome
 
 
@@ -150,9 +153,7 @@ def _fields(load: Load, number: int) -> dict[str, Any]:
     return {**fields, **load.fields}
 
 
-async def _ask(
-    client: httpx.AsyncClient, load: Load, number: int, outcome: Outcome, kept: dict[int, Image.Image]
-) -> None:
+async def _ask(client: httpx.AsyncClient, load: Load, number: int, outcome: Outcome, kept: dict[int, Tensor]) -> None:
     began = time.perf_counter()
     try:
         answer = await client.post("/v1/images/generations", json=_fields(load, number))
@@ -171,16 +172,12 @@ async def _ask(
     kept[number] = _picture(image["b64_json"])
 
 
-async def _drawn(client: httpx.AsyncClient, fields: dict[str, Any]) -> Image.Image | None:
+async def _drawn(client: httpx.AsyncClient, fields: dict[str, Any]) -> Tensor | None:
     answer = await client.post("/v1/images/generations", json=fields)
     return _picture(answer.json()["data"][0]["b64_json"]) if answer.status_code == 200 else None
 
 
-def _picture(text: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
-
-
-def _psnr(one: Image.Image, other: Image.Image) -> float:
-    """In dB; equal pictures count as 100."""
-    error = float(np.square(np.asarray(one, float) - np.asarray(other, float)).mean()) / 255**2
-    return min(100.0, -10 * float(np.log10(error))) if error else 100.0
+def _picture(text: str) -> Tensor:
+    """A picture (1, height, width, 3) in [0, 1]."""
+    image = Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).unsqueeze(0)
