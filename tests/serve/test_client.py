@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ from PIL import Image
 
 from serve.conftest import STEPS
 from serve.served import Served
+from speca.serve.settings import read
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client: OpenAI's own videos end
 
@@ -198,3 +201,24 @@ def test_models_say_what_they_take(client: openai.OpenAI) -> None:
     assert about["emoji-flux"]["size"] == "64x64" and about["emoji-flux"]["edits"]
     assert about["emoji-video"]["task"] == "video" and "negative_prompt" not in about["fashion-dit"]["takes"]
     assert client.models.retrieve("emoji-flux").id == "emoji-flux"
+
+
+def test_python_in_the_guide_runs(served: Served) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert "http://127.0.0.1:8000" in code
+    said: list[Any] = []
+    exec(code.replace("http://127.0.0.1:8000", served.url), {"print": lambda *words: said.extend(words)})
+    assert said[0].startswith("iVBOR") and said[1]["full"] <= STEPS // 4 and said[1]["seed"] == 7
+
+
+def test_the_toml_in_the_guide_is_valid(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "keys.txt").write_text("one\n")
+    (tmp_path / "server.toml").write_text(text.replace("keys.txt", str(tmp_path / "keys.txt")))
+    config = read(tmp_path / "server.toml", {})
+    assert [config.of_model(m).served_name for m in config.models] == [
+        "flux",
+        "fashion-dit",
+    ] and config.limits.steps == 100
