@@ -252,6 +252,8 @@ class Backend:
                 found["mask_image"] = pictures[1]
             if "height" in self.takes[task] and size is None:
                 found["width"], found["height"] = pictures[0].size
+        if "height" in self.takes[task] and "width" in found:
+            self._demand_sides(found["width"], found["height"], "size" if size is not None else "image")
         found = {n: v for n, v in found.items() if n in self.takes[task]}
         if request.scheduler is not None:
             cls = self.schedulers[request.scheduler]
@@ -265,6 +267,12 @@ class Backend:
             **found, "generator_seed": seed + number, "priority": max(-most, min(most, request.priority)),
             "deadline": request.deadline_s or self.limits.deadline_s,
         }  # fmt: skip
+
+    def _demand_sides(self, width: int, height: int, param: str) -> None:
+        """Raise `Fault` 400 for a picture with fewer pixels than one token of the model stands for."""
+        least = 2 * int(getattr(self.pipes["generate"], "vae_scale_factor", 1))  # transformers take patches of two
+        if min(width, height) < least:
+            raise wrong(f"{width}x{height} is too small; {self.name} draws sides of {least} pixels or more.", param)
 
     def _condition(self, request: Asked, task: Task) -> dict[str, Any]:
         if "prompt" in self.takes[task]:

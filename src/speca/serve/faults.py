@@ -7,7 +7,7 @@ import traceback
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import HTTPException
+from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -96,7 +96,14 @@ def install(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return Fault(error.status_code, str(error.detail), code=code).response()
 
+    async def on_query(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        fault = error.errors()[0]
+        name = str(fault["loc"][-1])
+        return wrong(f"{name}={fault['input']!r} is not valid: {fault['msg']}.", name).response()
+
     app.add_exception_handler(Fault, on_fault)
+    app.add_exception_handler(RequestValidationError, on_query)
     app.add_exception_handler(StarletteHTTPException, on_http)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_fault)

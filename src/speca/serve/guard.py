@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .faults import Fault
+from .faults import Fault, of_error
 from .logs import request_id
 from .metrics import Metrics
 
@@ -23,8 +24,8 @@ log = logging.getLogger("speca.serve")
 OPEN = ("/health", "/ready", "/version", "/", "/playground")
 """Paths that need no API key, and those below them."""
 
-BODY_S = 30.0
-"""Seconds that the next part of a request's body may take to come."""
+BODY_S, BODY_RATE = 30.0, 16_384.0
+"""Seconds that a request's body may take to come, and one more for each so many bytes of it."""
 
 ID = re.compile(r"[\w.-]{1,64}")
 
@@ -74,10 +75,12 @@ class Guard:
             state = scope.setdefault("state", {})
             state["request_id"], state["caller"] = name, self._caller(scope, headers)
             await self.app(scope, self._limited(headers, receive), answer)
-        except Fault as fault:
+        except ClientDisconnect:  # before the body was complete; nobody is there to be answered
+            pass
+        except Exception as error:  # answered here, as what stands before would name no request id
             if status:
                 raise
-            await fault.response()(scope, receive, answer)
+            await of_error(error).response()(scope, receive, answer)
         finally:
             self._note(scope, status, time.perf_counter() - began)
             request_id.reset(token)
@@ -105,16 +108,18 @@ class Guard:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.body:
             raise self._too_large()
-        seen, complete = 0, False
+        loop = asyncio.get_running_loop()
+        began, seen, complete = loop.time(), 0, False
 
         async def limited() -> Message:
             nonlocal seen, complete
             if complete:
                 return await receive()  # tells when the client has left
             try:
-                message = await asyncio.wait_for(receive(), BODY_S)
+                message = await asyncio.wait_for(receive(), began + BODY_S + seen / BODY_RATE - loop.time())
             except asyncio.TimeoutError:
-                raise Fault(408, f"no part of the body came for {BODY_S:g} s.", code="timeout") from None
+                text = f"the body came too slowly: {seen} bytes in {loop.time() - began:.0f} s."
+                raise Fault(408, text, code="timeout") from None
             seen += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if seen > self.body:

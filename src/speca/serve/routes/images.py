@@ -112,8 +112,7 @@ async def _answer(request: Request, drawing: Drawing, body: bytes) -> Response:
 
     async def draw() -> dict[str, Any]:
         with server.running.counted(caller, asked.n):
-            results = await drawing.results()
-        return await _body(request, drawing, results)
+            return await _body(request, drawing, await drawing.results())
 
     key = request.headers.get("idempotency-key")
     work = server.running.answered_once(caller, key, body, draw)
