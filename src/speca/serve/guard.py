@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .faults import Fault, of_error
+from .faults import Fault, closing, of_error
 from .logs import request_id
 from .metrics import Metrics
 
@@ -77,6 +77,10 @@ class Guard:
             await self.app(scope, self._limited(headers, receive), answer)
         except ClientDisconnect:  # before the body was complete; nobody is there to be answered
             pass
+        except asyncio.CancelledError:  # the server ends, and the request would not by itself
+            if status:
+                raise
+            await closing().response()(scope, receive, answer)
         except Exception as error:  # answered here, as what stands before would name no request id
             if status:
                 raise

@@ -27,12 +27,14 @@ class Running:
     Attributes:
         per_key: most images and jobs of one caller.
         draining: whether the server ends, so that nothing new is taken.
+        over: whether it does not wait any longer for what is under way.
         counts: images and jobs under way of each caller.
         cancels: what gives up each request for images, by request id and caller.
     """
 
     per_key: int
     draining: bool = False
+    over: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     cancels: dict[tuple[str, str], Callable[[], object]] = field(default_factory=dict)
     _answers: OrderedDict[tuple[str, str], _Answer] = field(default_factory=OrderedDict)
@@ -56,6 +58,12 @@ class Running:
         if give_up is None:
             raise Fault(404, f"no request {request_id!r} is under way.", code="not_found")
         give_up()
+
+    def give_up(self) -> None:
+        """Cancel all requests for images, as the server waits no longer; their clients are told so."""
+        self.over = True
+        for cancel in list(self.cancels.values()):
+            cancel()
 
     async def answered_once(
         self, caller: str, key: str | None, body: bytes, answer: Callable[[], Awaitable[Any]]

@@ -117,11 +117,12 @@ class Server:
             await asyncio.sleep(min(60.0, self.config.keep_s))
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new, and return when nothing is under way, or after so many seconds."""
+        """Take nothing new, and return when nothing is under way; after so many seconds cancel what is."""
         self.running.draining = True
         until = asyncio.get_running_loop().time() + seconds
         while asyncio.get_running_loop().time() < until and (self.running.counts or self.workers.busy):
             await asyncio.sleep(0.02)
+        self.running.give_up()
 
     async def stop(self) -> None:
         """Cancel what is under way and end the engines; unfinished jobs are taken up by the next server."""

@@ -11,7 +11,7 @@ from fastapi import Request
 from PIL import Image
 from starlette.datastructures import UploadFile
 
-from ..faults import Fault, wrong
+from ..faults import Fault, closing, wrong
 from ..pictures import decode
 from ..server import Server
 
@@ -72,7 +72,7 @@ async def while_connected(request: Request, work: Awaitable[Found]) -> Found:
     """Return what `work` gives; if the client leaves before, cancel it.
 
     Raises:
-        Fault: 499 where the client has left or has cancelled the request.
+        Fault: 499 where the client has left or has cancelled the request, 503 where the server waits no longer.
     """
     server, key = server_of(request), (str(request.state.request_id), caller_of(request))
     task: asyncio.Task[Found] = asyncio.ensure_future(work)
@@ -85,7 +85,8 @@ async def while_connected(request: Request, work: Awaitable[Found]) -> Found:
         return task.result()
     except asyncio.CancelledError:
         if task.cancelled():
-            raise Fault(499, "the request was cancelled.", code="cancelled") from None
+            cancelled = Fault(499, "the request was cancelled.", code="cancelled")
+            raise (closing() if server.running.over else cancelled) from None
         raise
     finally:
         server.running.cancels.pop(key, None)

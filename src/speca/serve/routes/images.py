@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from ...engine import Event, Future, Result
 from ..backend import Backend, Task
 from ..draw import Drawing, told
-from ..faults import Fault, of_error, wrong
+from ..faults import Fault, closing, of_error, wrong
 from ..pictures import encode
 from ..schema import EditRequest, ImageRequest, Pictures, parse
 from ..server import Server
@@ -170,7 +170,8 @@ async def _streamed(request: Request, drawing: Drawing, caller: str) -> Response
                 async for chunk in _chunks(events, drawing):
                     yield chunk
         except Exception as error:
-            yield format_sse_event(event="error", data_str=json.dumps(of_error(error).body))
+            fault = closing() if running.over else of_error(error)
+            yield format_sse_event(event="error", data_str=json.dumps(fault.body))
         finally:
             running.cancels.pop(key, None)
 
