@@ -11,6 +11,7 @@ import uvicorn
 
 from .app import create_app
 from .logs import configure
+from .protocol import Impatient
 from .server import Server
 from .settings import ServerConfig
 
@@ -45,6 +46,6 @@ def run(config: ServerConfig) -> None:
     app = create_app(config)
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_config=None, access_log=False, timeout_graceful_shutdown=2,
-        server_header=False,
+        server_header=False, http=Impatient,
     )  # fmt: skip
     _Draining(settings, app.state.server).run()
