@@ -4,7 +4,7 @@
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep bench bench-run bench-gpu bench-placement check fix clean
+.PHONY: help demo test sweep bench bench-run bench-gpu bench-placement chaos check fix clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -44,6 +44,9 @@ bench-gpu: $(STAMP)  ## full-size models with random weights on one GPU, in nine
 
 bench-placement: $(STAMP)  ## time the search for full steps beside the exchange search (some ten minutes)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python recipes/bench_placement.py
+
+chaos: $(STAMP)  ## thousands of clients that leave and send what is wrong, kills and leaks, against a server (ten minutes)
+	PYTHONPATH=src:tests $(BIN)/python -W ignore -m serve.chaos $(ARGS)
 
 check: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .
