@@ -116,9 +116,9 @@ def test_an_estimate_is_made_of_what_is_outstanding_and_what_was_measured() -> N
 def test_an_engine_measures_and_is_warmed(case: tiny.Case) -> None:
     with Engine(case.pipe, tiny.VERIFYING, max_batch=4) as engine:
         assert engine.estimate(**good(case, 0)) == 0.0
-        asked = {n: v for n, v in good(case, 0).items() if n != "num_inference_steps"}
+        asked = {**good(case, 0), "num_inference_steps": STEPS + 2}
         result = engine.warm(**asked)
-        assert isinstance(result.report, Report) and result.report.steps == 8 and result.seed == 0
+        assert isinstance(result.report, Report) and result.report.steps == STEPS + 2 and result.seed == 0
         assert engine.estimate(**asked) > engine.estimate(**good(case, 0)) > 0
         assert 0 < engine._loop.pace.share <= 1
         engine.post(**good(case, 1)).result(timeout=30)

@@ -22,7 +22,7 @@ from .future import Event, Future, Result
 from .loop import Loop
 from .play import play
 from .records import plot
-from .request import STEPS, Request, arguments_of
+from .request import Request, arguments_of
 from .scheduler import Scheduler
 from .turn import Direct
 
@@ -30,9 +30,6 @@ MODES = ("continuous", "lock-step", "one-at-a-time")
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 AHEAD = 2
 """`generate` keeps as many requests queued as may be live, times this."""
-WARM_STEPS = 8
-"""Steps of a request by which an engine is warmed."""
-
 _DRIVERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Driver]] = weakref.WeakKeyDictionary()
 """Of the engine of each model: two would run it at the same time."""
 
@@ -168,17 +165,14 @@ class Engine:
         return self._take(self._request(asked), thread=True)
 
     def warm(self, **asked: Any) -> Result:
-        """Run a small request, so that later ones are not slowed by what is done once: tests of whether calls can be
-        put together, the search for full steps, memory. Returns its result.
+        """Run a request like those to come, so that these are not slowed by what is done once: learning from a full
+        run, tests of whether calls can be put together, the search for full steps, memory. Returns its result.
 
-        It is run twice at the same time with different seeds, as tests need two requests that meet; unless it says how
-        many steps it wants, it has eight.
+        It is run twice at the same time with different seeds, as tests need two requests that meet.
 
         Raises:
             Exception: what it failed with.
         """
-        if STEPS in self._names:
-            asked.setdefault(STEPS, WARM_STEPS)
         first = self._request(asked).seed
         twice = [asked] if first is None else [{**asked, "generator_seed": first + n} for n in range(2)]
         results = sorted(self.generate(twice), key=lambda result: result.index)

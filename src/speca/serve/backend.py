@@ -13,7 +13,7 @@ from ..config import PRESETS, SpecaConfig
 from ..engine import Engine
 from ..errors import InputError, SpecaError, nearest
 from .faults import Fault, wrong
-from .schema import QUALITIES, Asked, EditRequest, Pictures, VideoRequest
+from .schema import QUALITIES, Asked, EditRequest, ImageRequest, Pictures, VideoRequest
 from .settings import Limits, ModelConfig
 
 Task = Literal["generate", "edit", "inpaint"]
@@ -85,14 +85,17 @@ class Backend:
         self.ready = True
 
     def warm(self) -> None:
-        """Run a few requests, which teach the engine what the model allows and the model's outputs to `speca`."""
-        from .schema import ImageRequest
-
+        """Run a request of default settings, from which is learnt what the model allows and what its outputs look like;
+        if it was computed in full, as nothing was known of the model, run it again for its time, unless it is a video.
+        """
         prompt = next(iter(self.classes), "0" if "prompt" not in self.takes["generate"] else "warm-up")
         shape = VideoRequest if self.task == "video" else ImageRequest
-        for preset in ("full", None, None):  # what is learnt from the first ones makes the last one fast
-            request = shape(prompt=prompt, preset=preset, num_inference_steps=min(self.config.steps, self.limits.steps))
-            self.alone = self.running.warm(**self.asked(request, "generate", 0)).seconds
+        request = shape(prompt=prompt, num_inference_steps=min(self.config.steps, self.limits.steps))
+        result = self.running.warm(**self.asked(request, "generate", 0))
+        samples = result.report.samples if result.report is not None else ()
+        if self.task == "image" and all(sample.full == len(sample.decisions) for sample in samples):
+            result = self.running.warm(**self.asked(request, "generate", 0))
+        self.alone = result.seconds
 
     def close(self) -> None:
         """Cancel what is under way, and end the engine."""
