@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -167,6 +168,34 @@ def test_a_queue_that_is_too_long_is_refused_with_an_honest_time(tmp_path: Path)
         ask(0)
         assert codes[-1] == 200
         assert served.server.metrics.refused.labels("wait")._value.get() == len(waits)
+
+
+def test_a_client_that_stops_to_read_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer ends when its next part was not read for a while."""
+    from speca.serve import guard
+    from speca.serve.metrics import Metrics
+
+    monkeypatch.setattr(guard, "READ_S", 0.05)
+    ended: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        finally:
+            ended.append("let go")
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    stand = guard.Guard(app, keys=(), body=100, metrics=Metrics(lambda: ()))
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "client": ("1.2.3.4", 5)}
+    asyncio.run(asyncio.wait_for(stand(scope, receive, send), 10))
+    assert ended == ["let go"]
 
 
 # ------------------------------------------------------------------------------------------------ cancelling

@@ -27,6 +27,9 @@ OPEN = ("/health", "/ready", "/version", "/", "/playground")
 BODY_S, BODY_RATE = 30.0, 16_384.0
 """Seconds that a request's body may take to come, and one more for each so many bytes of it."""
 
+READ_S = 60.0
+"""Seconds that a client may take to read the next part of an answer."""
+
 ID = re.compile(r"[\w.-]{1,64}")
 
 SAFE = {
@@ -69,13 +72,16 @@ class Guard:
                 out["x-request-id"] = name
                 for header, value in SAFE.items():
                     out.setdefault(header, value)
-            await send(message)
+            try:
+                await asyncio.wait_for(send(message), READ_S)
+            except asyncio.TimeoutError:  # it has stopped to read, and would hold what it asked for
+                raise ClientDisconnect from None
 
         try:
             state = scope.setdefault("state", {})
             state["request_id"], state["caller"] = name, self._caller(scope, headers)
             await self.app(scope, self._limited(headers, receive), answer)
-        except ClientDisconnect:  # before the body was complete; nobody is there to be answered
+        except ClientDisconnect:  # nobody is there to be answered
             pass
         except asyncio.CancelledError:  # the server ends, and the request would not by itself
             if status:
