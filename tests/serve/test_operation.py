@@ -135,6 +135,20 @@ def test_jobs_let_others_go_first(served: Served) -> None:
     until(lambda: live(served) == 0, 5)
 
 
+def test_images_have_a_deadline_and_jobs_have_none(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from speca.engine import Engine
+
+    asked: list[dict[str, Any]] = []
+    post = Engine.post
+    monkeypatch.setattr(Engine, "post", lambda self, **one: (asked.append(one), post(self, **one))[1])
+    fields = {"model": "fashion-dit", "prompt": "bag"}
+    job = httpx.post(f"{served.url}/v1/jobs", json=fields).json()
+    until(lambda: httpx.get(f"{served.url}/v1/jobs/{job['id']}").json()["status"] == "completed")
+    httpx.post(f"{served.url}/v1/images/generations", json=fields, timeout=60)
+    assert [one["deadline"] for one in asked] == [None, served.server.config.limits.deadline_s]
+    assert asked[0]["priority"] < -served.server.config.limits.priority <= asked[1]["priority"]
+
+
 def test_callers_have_so_many_images_under_way(tmp_path: Path) -> None:
     with serving(config(tmp_path, "emoji-flux", limits=Limits(per_key=2))) as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)

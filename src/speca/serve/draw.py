@@ -55,7 +55,8 @@ class Drawing:
             first = asked[0]["generator_seed"]
             asked = [{**one, "generator_seed": first + k} for k, one in enumerate(asked)]
         if self.most_wait is None:
-            asked = [{**one, "priority": self.backend.lowest} for one in asked]
+            late = self.request.deadline_s  # a job may take as long as it takes, unless it says otherwise
+            asked = [{**one, "priority": self.backend.lowest, "deadline": late} for one in asked]
         futures: list[Future] = []
         with _refusals(self.metrics):
             self._demand_room(asked[0]["priority"])
