@@ -86,7 +86,8 @@ def test_images_by_url_are_kept_for_their_owner(client: openai.OpenAI) -> None:
     assert found.data is not None
     pictures = [Image.open(io.BytesIO(httpx.get(str(image.url)).content)) for image in found.data]
     assert [p.size for p in pictures] == [(28, 28), (28, 28)] and pictures[0].tobytes() != pictures[1].tobytes()
-    assert httpx.get(str(found.data[0].url).replace("image_", "image_0")).status_code == 404
+    assert httpx.get(str(found.data[0].url).replace("picture_", "picture_0")).status_code == 404
+    assert not httpx.get(f"{client.base_url!s}jobs").json()["data"], "they are no jobs"
 
 
 def test_a_stream_has_previews_progress_and_the_same_image(client: openai.OpenAI) -> None:

@@ -426,13 +426,15 @@ def test_sigterm_finishes_what_is_under_way(tmp_path: Path) -> None:
     until(lambda: httpx.get(f"{url}/ready").status_code == 503)
     refused = httpx.post(f"{url}/v1/images/generations", json={"prompt": "x"})
     assert refused.status_code == 503 and refused.headers["x-should-retry"] == "false"
+    with pytest.raises(openai.InternalServerError, match="shutting down"):
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none").images.generate(prompt="x")
     thread.join()
     assert found[0].status_code == 200 and len(found[0].json()["data"]) == 4
     assert process.wait(30) == 0
     assert process.stderr is not None
     lines = [json.loads(line) for line in process.stderr.read().splitlines() if line.startswith("{")]
     answered = [line for line in lines if line["message"] == "answered" and line["path"] == "/v1/images/generations"]
-    assert [line["status"] for line in answered] == [503, 200] and answered[1]["request_id"].startswith("req_")
+    assert [line["status"] for line in answered] == [503, 503, 200] and answered[2]["request_id"].startswith("req_")
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Job:
 
     Attributes:
         id: its name.
-        kind: "video" or "image".
+        kind: "video" or "image"; "picture" for an image that was drawn at once and is given by URL.
         caller: whose it is; nobody else sees it.
         model: that it runs on.
         status: a cancelled job is gone.
@@ -121,7 +121,8 @@ class JobStore:
 
     def unfinished(self) -> list[Job]:
         """Return the jobs that have not ended, in the order in which they came."""
-        return self._run("select * from jobs where status in ('queued', 'in_progress') order by created, id", ())
+        query = "select * from jobs where status in ('queued', 'in_progress') and kind != 'picture'"
+        return self._run(f"{query} order by created, id", ())
 
     def change(self, name: str, **values: Any) -> None:
         """Set some fields of a job. Harmless if it is gone."""

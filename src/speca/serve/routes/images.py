@@ -87,7 +87,7 @@ async def content(request: Request, name: str, index: int = 0) -> Response:
     """Return the picture of an image that was given by URL, or picture `index` of an image job."""
     server = server_of(request)
     job = await asyncio.to_thread(server.jobs.get, name, caller_of(request))
-    if job is None or job.kind != "image" or not 0 <= index < len(job.files):
+    if job is None or job.kind not in ("image", "picture") or not 0 <= index < len(job.files):
         raise Fault(404, f"there is no image {name!r}, or it has expired.", code="not_found")
     return FileResponse(server.jobs.place(name) / job.files[index])
 
@@ -128,7 +128,7 @@ async def _body(request: Request, drawing: Drawing, results: Sequence[Result]) -
     if asked.response_format == "url":
         names = {f"image-{k}.{asked.output_format}": file for k, file in enumerate(files)}
         caller, model = caller_of(request), drawing.backend.name
-        job = await asyncio.to_thread(server.jobs.add, "image", caller, model, {"form": "image", "fields": {}})
+        job = await asyncio.to_thread(server.jobs.add, "picture", caller, model, {})
         await asyncio.to_thread(server.jobs.keep, job.id, names, [one["speca"] for one in data])
         address = request.url_for("content", name=job.id)
         for k, one in enumerate(data):
