@@ -176,6 +176,14 @@ def test_what_was_placed_beforehand_is_taken(prior: Prior) -> None:
     assert given.at(prior.noise[::2]).placed == {}, "of another number of steps"
 
 
+def test_what_was_found_is_not_computed_again(prior: Prior, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sample of each run asks: a calibrated DiT once spent 40 % of its time on placements that its file brings."""
+    known = with_placements(prior, flow())
+    found = [cheapest(known, flow(), 0.01), place(known, flow(), 5)]
+    monkeypatch.setattr("speca.core.placement.Runs", None)
+    assert [cheapest(known, flow(), 0.01), place(known, flow(), 5)] == found
+
+
 @pytest.mark.parametrize("transitions", [flow(), noisy(), remembering()], ids=["flow", "noisy", "remembering"])
 def test_no_plain_schedule_is_better(prior: Prior, transitions: tuple[Transition, ...]) -> None:
     for count in (2, 4, 6):

@@ -84,6 +84,7 @@ def shortlist(prior: Prior, transitions: tuple[Transition, ...], count: int) -> 
     return tuple(sorted(found, key=lambda placement: placement.error))
 
 
+@lru_cache(maxsize=512)  # asked for each sample of each run
 def _scored(prior: Prior, transitions: tuple[Transition, ...], steps: tuple[int, ...]) -> Placement:
     """A placement with the error that is expected of it."""
     positions = sorted({0, *steps})
