@@ -21,7 +21,7 @@ from ..core.controller import ACCEPTED, FULL, Plan, Record
 from ..errors import InputError
 from ..verified.errors import elementwise_l1
 from ..verified.rules import Rule, rule
-from .setup import Apply, Call, Setup
+from .setup import Apply, Call, Setup, transformer_of
 
 FORECAST, SILENT = "forecast", "silent"
 LAYOUTS: dict[str, dict[str, dict[str, str]]] = {
@@ -163,7 +163,7 @@ def per_module(settings: Callable[[Any], VerifiedConfig], order: int | None = No
 
     @contextmanager
     def apply(pipe: Any, call: Call, value: Any) -> Iterator[Setup]:
-        model = pipe.transformer
+        model = transformer_of(pipe)
         given = ORDERS.get(type(model).__name__, 1) if order is None else order
         cache = ModuleCache(model, given, rule(settings(value)))
         wrapped: list[tuple[nn.Module, Callable[..., Any]]] = [

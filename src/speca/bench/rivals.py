@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..reports.measure import run_once
-from .setup import Apply, Call, Setup
+from .setup import Apply, Call, Setup, transformer_of
 
 Build = Callable[[Any, Call, Any], Any]
 TUNING_SEED = 500_000  # tuning seeds count up from here, reporting seeds from 0
@@ -54,7 +54,7 @@ def cacheable(pipe: Any, steps: int = 0) -> Iterator[Any]:
     """
     from diffusers.models.cache_utils import CacheMixin
 
-    model = pipe.transformer
+    model = transformer_of(pipe)
     if isinstance(model, CacheMixin) and not steps:
         yield model
         return
@@ -127,7 +127,7 @@ def faster(pipe: Any, call: Call, skip: int) -> Any:
     """
     from diffusers import FasterCacheConfig
 
-    model = pipe.transformer
+    model = transformer_of(pipe)
     return FasterCacheConfig(
         spatial_attention_block_skip_range=skip,
         spatial_attention_timestep_skip_range=(-1, 900),
@@ -156,7 +156,7 @@ def _magnitudes(pipe: Any, call: Call, steps: int) -> list[float]:
     """Return the ratios that MagCache prints after a calibration run; cached per model and number of steps."""
     from diffusers import MagCacheConfig
 
-    model = pipe.transformer
+    model = transformer_of(pipe)
     known = _RATIOS.setdefault(model, {})
     if steps not in known:
         one = {name: value[:1] if isinstance(value, list) else value for name, value in call.items()}
@@ -221,7 +221,7 @@ def cache_dit(order: int) -> Apply:
             raise InputError("cache-dit is not installed; pip install 'speca-diffusers[bench]'.") from error
         quiet()
         own = copy.deepcopy(pipe)
-        for thing in (own, own.transformer):
+        for thing in (own, transformer_of(own)):
             cls = type(thing)
             thing.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
         calibrator = library.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None

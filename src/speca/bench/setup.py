@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..diffusers.enable import Session
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -34,3 +35,15 @@ class Setup:
 
 Apply = Callable[[Any, Call, Any], AbstractContextManager[Setup]]
 """Context manager that applies a value of the knob to a pipeline and call arguments, and undoes it on exit."""
+
+
+def transformer_of(pipe: Any) -> Any:
+    """Return the transformer of a pipeline.
+
+    Raises:
+        InputError: it has none, but a U-Net, which a method that patches the blocks of transformers cannot take.
+    """
+    found = getattr(pipe, "transformer", None)
+    if found is None:
+        raise InputError(f"{type(pipe).__name__} has no transformer, whose blocks this method patches.")
+    return found

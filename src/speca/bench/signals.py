@@ -32,7 +32,7 @@ from ..sampler.scheduler import scheduler_response
 from ..verified.gate import block_lists
 from ..verified.rules import ScheduleRule
 from .recording import effect_of
-from .setup import Call
+from .setup import Call, transformer_of
 
 PERIOD, DRAFTS, PLACES = 4, 4, 12
 """Interval of full steps before the place, number of drafts at the place, number of places in a run."""
@@ -84,7 +84,7 @@ def _run(pipe: Any, call: Call, seeds: Sequence[int], full: Sequence[int], watch
 
     If records are kept, a second run with the same full steps forecasts outputs and gives the sizes of corrections.
     """
-    taken, model = Taken(), pipe.transformer
+    taken, model = Taken(), transformer_of(pipe)
     plain = copy.deepcopy(model)
     config = VerifiedConfig(
         rule="schedule", schedule=tuple(full), warmup=2, final=0, threshold=1e9, threshold_decay=1.0
