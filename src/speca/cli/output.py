@@ -135,10 +135,14 @@ def progress(title: str, quiet: bool) -> Iterator[Ticker | None]:
 
 
 @contextmanager
-def counting(title: str, total: int, done: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar over images on stderr, with images a second; `done` of `total` are there already."""
+def counting(title: str, total: int, done: int, quiet: bool) -> Iterator[Callable[..., None]]:
+    """A progress bar over images on stderr, with images a second; `done` of `total` are there already.
+
+    What it yields is called with how many images are there, default 1, what else to show, and whether they are of an
+    earlier run, which do not count as speed.
+    """
     if quiet:
-        yield lambda: None
+        yield lambda count=1, note="", earlier=False: None
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
@@ -146,10 +150,11 @@ def counting(title: str, total: int, done: int, quiet: bool) -> Iterator[Callabl
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total, completed=done, rate="")
 
-        def advance() -> None:
+        def advance(count: int = 1, note: str = "", earlier: bool = False) -> None:
             nonlocal made
-            made += 1
-            bar.update(task, advance=1, rate=f"{made / (time.perf_counter() - began):.2f} images/s")
+            made += 0 if earlier else count
+            rate = f"{made / (time.perf_counter() - began):.2f} images/s"
+            bar.update(task, advance=count, rate=", ".join(filter(None, (rate, note))))
 
         yield advance
 

@@ -16,8 +16,11 @@ import torch
 from ..errors import InputError
 from .engine import Engine
 from .future import Result
+from .inputs import read_requests
 
 MANIFEST = "manifest.jsonl"
+PARTS = "parts"
+"""The folder in which workers of a run over several processes write what they finish, a file each shard."""
 Labels = Callable[[Sequence[str]], Sequence[int]]
 
 
@@ -31,7 +34,7 @@ class Line:
 
 
 def read_lines(path: Path, common: dict[str, Any], seed: int, labels: Labels) -> list[Line]:
-    """The requests of a JSON-lines file.
+    """The requests of a file: JSON lines, CSV or Parquet (`read_requests`).
 
     A line is a text, which is a prompt, or an object of arguments of the pipeline and of the engine. Two words are for
     convenience: `seed` for `generator_seed`, and `label` for `class_labels` by name. `common` holds what lines do not
@@ -39,26 +42,19 @@ def read_lines(path: Path, common: dict[str, Any], seed: int, labels: Labels) ->
 
     Raises:
         InputError: no such file, or a line that is neither.
+        ConfigError: Parquet without pyarrow.
     """
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); name a file of JSON lines.") from error
     lines = []
-    for number, text in enumerate(texts):
-        if not text.strip():
-            continue
-        try:
-            given = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number + 1} is not valid JSON ({error}).") from error
-        if not isinstance(given, (str, dict)):
-            raise InputError(f"{path}, line {number + 1} is neither a text nor an object of arguments.")
+    for number, given in read_requests(path):
         asked = {**common, **(dict(prompt=given) if isinstance(given, str) else given)}
         asked["generator_seed"] = asked.pop("seed", asked.get("generator_seed", seed + number))
         if "label" in asked:
             asked["class_labels"] = list(labels([str(asked.pop("label"))]))
-        mark = hashlib.blake2b(json.dumps([number, asked], sort_keys=True).encode(), digest_size=8).hexdigest()
+        try:
+            text = json.dumps([number, asked], sort_keys=True)
+        except TypeError as error:
+            raise InputError(f"{path}, row {number + 1} holds what a manifest cannot hold ({error}).") from error
+        mark = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         lines.append(Line(number, asked, mark))
     if not lines:
         raise InputError(f'{path} is empty; give one request a line, for example {{"prompt": "a red boat"}}.')
@@ -71,29 +67,37 @@ class Folder:
 
     place: Path
     entries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    manifest: str = MANIFEST
 
     @classmethod
-    def open(cls, place: Path) -> Folder:
+    def open(cls, place: Path, manifest: str = MANIFEST) -> Folder:
         """Return the folder, made if need be, and read what an earlier run has finished in it.
+
+        `manifest` is the file, under `place`, that is read and written. What workers of a run over several processes
+        have finished and that run did not get to copy is moved to the manifest.
 
         Raises:
             InputError: it cannot be made or written to.
         """
+        path = place / manifest
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            path = place / MANIFEST
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-            texts = path.read_text(encoding="utf-8").splitlines()
+            found = cls(place, {e["line"]: e for e in entries_of(path.read_bytes())}, manifest)
+            for part in sorted((place / PARTS).glob("*.jsonl")) if manifest == MANIFEST else ():
+                found.add(entries_of(part.read_bytes()))
+                part.unlink()  # or it would count again after a later run has replaced its lines
         except OSError as error:
             raise InputError(f"--out {place} cannot be written ({error.strerror}); name another folder.") from error
-        found = cls(place)
-        for text in texts:
-            try:
-                entry = json.loads(text)
-            except ValueError:  # the last line of a run that was killed
-                continue
-            found.entries[entry["line"]] = entry
         return found
+
+    def add(self, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Append entries to the manifest, but those that it has; return the ones that are new."""
+        new = [entry for entry in entries if self.entries.get(entry["line"]) != entry]
+        if new:
+            self.entries.update({entry["line"]: entry for entry in new})
+            self._append(new)
+        return new
 
     def has(self, line: Line) -> bool:
         """Whether this very request is done and its pictures are there."""
@@ -116,7 +120,7 @@ class Folder:
             names = ("steps", "samples", "flops_speedup", "bytes_per_sample", "notes")
             entry["report"] = {name: reported[name] for name in names}
         self.entries[line.number] = entry
-        self._append(entry)
+        self._append([entry])
 
     def _write(self, sample: torch.Tensor, number: int, index: int | None) -> str:
         from ..reports.pictures import save_png, save_webp
@@ -129,17 +133,30 @@ class Folder:
         os.replace(part, self.place / name)
         return name
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        path = self.place / MANIFEST
+    def _append(self, entries: Sequence[dict[str, Any]]) -> None:
+        path = self.place / self.manifest
         with path.open("a+b") as file:
             end = file.seek(0, os.SEEK_END)
             if end:  # a run that was killed may have left half a line
                 file.seek(end - 1)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
-            file.write((json.dumps(entry) + "\n").encode())
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def entries_of(text: bytes) -> list[dict[str, Any]]:
+    """The entries of a manifest, without lines that a kill has left half written."""
+    found = []
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "line" in entry:
+            found.append(entry)
+    return found
 
 
 def run(engine: Engine, lines: Sequence[Line], folder: Folder) -> Iterator[Result]:

@@ -1,0 +1,1 @@
+"""Several devices and machines, by Ray. Nothing here is imported unless it is asked for."""
