@@ -4,7 +4,7 @@
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep bench bench-run bench-gpu bench-placement chaos check fix clean
+.PHONY: help demo test test-ray sweep bench bench-run bench-gpu bench-placement chaos check fix clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -28,6 +28,10 @@ demo: $(STAMP)  ## ten garments with and without SpeCa, side by side, into demo-
 
 test: $(STAMP)  ## the test suite (ARGS="-m 'not slow'" for the quick part)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-ray: $(STAMP)  ## the tests that start Ray on this machine (it is installed first; five minutes)
+	@$(PIP) --editable '.[cluster]'
+	$(BIN)/python -m pytest -q -m ray tests/cluster $(ARGS)
 
 sweep: $(STAMP)  ## try every transformer class of diffusers and write docs/models.md (about a minute)
 	PYTHONPATH=src:tests $(BIN)/python -W ignore -m sweep

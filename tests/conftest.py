@@ -16,6 +16,14 @@ FAR = "SPECA_FAR" in os.environ
 collect_ignore = [] if FAR else ["far"]  # it gives torch another device, for good: `test_far.py` runs it in a process
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that start Ray run only with a `-m` that speaks of them (`make test-ray`)."""
+    if "ray" not in config.option.markexpr:
+        found = [item for item in items if item.get_closest_marker("ray")]
+        config.hook.pytest_deselected(items=found)
+        items[:] = [item for item in items if item not in found]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").
 LAYERS = (
     "errors", "config", "core", "calibration.file", "calibration.cache", "calibration.knowledge", "reports.costs",
     "reports.report", "sampler", "denoiser", "verified", "diffusers", "reports", "compare", "calibration", "engine",
-    "zoo", "", "bench", "serve", "cli",
+    "zoo", "", "bench", "serve", "cluster", "cli",
 )  # fmt: skip
 """Lowest first; a file imports from its own layer and from those before it. "" is `speca` itself, the public names.
 Some files of a folder lie below the rest of it: what runs at every call reads and writes them."""
