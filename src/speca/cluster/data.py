@@ -92,12 +92,13 @@ def connected(address: str) -> Iterator[Any]:
         ConfigError: Ray is not installed.
         InputError: there is no cluster.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread of Ray Data would connect again after a shutdown
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise ConfigError("speca batch --ray needs Ray: pip install 'speca-diffusers[cluster]'.") from error
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _connect(ray, address)
     try:
         yield ray
@@ -213,7 +214,7 @@ def _follow(stream: _Stream, collector: Collector, tell: Told, done: Counter[str
     def take(new: list[dict[str, Any]]) -> None:
         fresh.extend(new)
         if new:
-            stream.progress()
+            stream.progress(len(new))
             tell(new, False)
 
     for row in stream:
@@ -226,6 +227,10 @@ def _follow(stream: _Stream, collector: Collector, tell: Told, done: Counter[str
             raise InputError(row["refused"])
         take(collector.finish(row["name"]))
     take(collector.collect())
+    numbers = {entry["line"] for entry in fresh}
+    for shard in list(collector.shards.values()):  # whose answer was lost with a machine
+        if all(line.number in numbers for line in shard.lines):
+            collector.finish(shard.name)
     return fresh
 
 
@@ -238,7 +243,7 @@ class _Stream:
     def __init__(
         self, ray: Any, job: Job, place: Path, name: str, shards: list[Shard], count: int, reserved: dict[str, float]
     ) -> None:
-        self.trouble, self.lost = "", False
+        self.trouble, self.lost, self.left = "", False, sum(len(shard.lines) for shard in shards)
         self._ray, self._answers, self._last = ray, queue.SimpleQueue[Any](), time.monotonic()
         self._machines = self._alive()
         context = ray.data.DataContext.get_current()
@@ -258,16 +263,16 @@ class _Stream:
                 row = self._answers.get(timeout=POLL)
             except queue.Empty:
                 yield None
-                stalled = time.monotonic() - self._last > STALLED
-                self.lost = stalled and not self._machines <= self._alive()
+                stalled = time.monotonic() - self._last > (STALLED if self.left else STALLED / 10)
+                self.lost = stalled and not self._machines <= self._alive()  # which takes Ray some seconds to see
                 continue
             if row is self:
                 return
             yield row
 
-    def progress(self) -> None:
-        """Note that a line was finished."""
-        self._last = time.monotonic()
+    def progress(self, lines: int) -> None:
+        """Note that so many lines were finished."""
+        self._last, self.left = time.monotonic(), self.left - lines
 
     def _alive(self) -> set[str]:
         return {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
