@@ -216,3 +216,15 @@ def test_requests_learn_and_later_ones_know(tmp_path: Path, monkeypatch: pytest.
         later = sorted(engine.generate(asked), key=lambda result: result.index)
         assert {sample.full for result in later for sample in result.report.samples} == {4}
     assert "step" not in vars(case.pipe.scheduler)
+
+
+def test_a_calibration_that_does_not_hold_for_one_request_is_used_for_the_next() -> None:
+    """At ten steps that of `fashion-dit` does not hold for some samples; they decide the same whoever came before."""
+    pipe = speca.zoo.load("fashion-dit")
+    pipe.set_progress_bar_config(disable=True)
+    asked = [dict(class_labels=[n], num_inference_steps=10, generator_seed=n) for n in range(8)]
+    with Engine(pipe) as engine:
+        first, second = (sorted(engine.generate(asked), key=lambda r: r.index) for _ in range(2))
+    notes = "".join(note for result in first if result.report is not None for note in result.report.notes)
+    assert "does not hold for some samples" in notes
+    assert [decisions(r) for r in first] == [decisions(r) for r in second]

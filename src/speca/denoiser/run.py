@@ -321,13 +321,14 @@ class Run:
                 self._reject(branch)
 
     def _reject(self, branch: Branch) -> None:
-        """Say that some samples go on without the prior; if they are most of them, it is not used again."""
+        """Say that some samples go on without the prior; if they are most of them, it is not used again, unless runs
+        are those of an engine's requests, none of which may change what another one gets."""
         self.note(
             "what is known of the model does not hold for some samples, as their full steps show; they went on "
             "without it."
         )
         most = 2 * sum(not record.measured for record in branch.records) > len(branch.records)
-        if most and not self._rejected and self.kind is not None:
+        if most and not self._rejected and self.kind is not None and not self.executor.joins:
             self._rejected = True
             self.knowledge.reject(self.kind)
 
