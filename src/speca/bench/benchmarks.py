@@ -19,7 +19,7 @@ from .tables import adapting, batch_table, guarantee_table, missing_table, score
 from .tables import signal_table as signals
 
 ASKED = (3.0, 5.0, 7.0)
-OWN, GENERIC = (OURS, "speca-budget"), ("speca-generic-budget",)
+OWN, GENERIC = (OURS, "speca-budget"), ("speca-unmeasured", "speca-generic-budget")
 """Methods of the column SpeCa (by tolerance, else by budget) and of the column without a calibration (by budget)."""
 
 KINDS = {
