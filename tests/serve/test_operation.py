@@ -135,6 +135,15 @@ def test_jobs_let_others_go_first(served: Served) -> None:
     until(lambda: live(served) == 0, 5)
 
 
+def test_a_job_has_its_seed_from_the_beginning(served: Served) -> None:
+    """So that a job that is run again, by another server, draws the same."""
+    job = httpx.post(f"{served.url}/v1/jobs", json={"model": "fashion-dit", "prompt": "bag", "seed": None}).json()
+    kept = served.server.jobs.get(job["id"])
+    assert kept is not None
+    found = until(lambda: _completed(served.url, job["id"]))
+    assert found["data"][0]["speca"]["seed"] == kept.request["fields"]["seed"]
+
+
 def test_images_have_a_deadline_and_jobs_have_none(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     from speca.engine import Engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -111,7 +112,10 @@ async def _begin(request: Request, asked: Asked, kind: Literal["video", "image"]
     if await asyncio.to_thread(server.workers.count, caller) >= server.config.limits.per_key:
         server.metrics.refused.labels("jobs").inc()
         raise busy(5.0, f"{server.config.limits.per_key} jobs of this key have not ended yet, as many as may.")
-    fields = asked.model_dump(exclude_unset=True)
+    fields = {
+        "seed": secrets.randbelow(2**31),
+        **asked.model_dump(exclude_unset=True, exclude_none=True),
+    }  # if run again
     job = await asyncio.to_thread(server.jobs.add, kind, caller, backend.name, {"form": kind, "fields": fields})
     server.workers.begin(job)
     return JSONResponse(_told(job), headers={"openai-poll-after-ms": POLL_MS})
